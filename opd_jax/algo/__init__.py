@@ -1,0 +1,1 @@
+"""Token log-probs, losses and diagnostics: pure functions on arrays."""

@@ -1,0 +1,1 @@
+"""What every other room stands on: mesh, randomness, trees, metrics, progress, lineage."""

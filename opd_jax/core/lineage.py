@@ -1,0 +1,77 @@
+"""Who made what: fingerprints of models and files, and the record of an artefact's ancestors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def fingerprint_json(value: Any) -> str:
+    """sha256 over the canonical JSON text of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_params(params: Any) -> str:
+    """sha256 over names, shapes and float32 values: the same in any dtype, file layout or sharding.
+
+    One leaf at a time is gathered on the host.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(_leaves(params)):
+        host = _on_host(leaf)
+        digest.update(f"{path}{host.shape}".encode())
+        digest.update(np.ascontiguousarray(host.astype(np.float32)).data)
+    return digest.hexdigest()
+
+
+def _leaves(params: Any) -> Iterator[tuple[str, jax.Array]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield jax.tree_util.keystr(path), leaf
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A model as lineage knows it: a name for people, and what makes it the same model or another.
+
+    Attributes:
+        name: where it was read from, or the checkpoint's name.
+        weights: fingerprint of its parameters.
+        architecture: fingerprint of its sizes and switches.
+        tokenizer: fingerprint of its tokenizer, chat template and end tokens.
+    """
+
+    name: str
+    weights: str
+    architecture: str
+    tokenizer: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two models exactly if they answer alike."""
+        return fingerprint_json([self.weights, self.architecture, self.tokenizer])
+
+    def to_json(self) -> dict[str, str]:
+        """As it stands in `lineage.json` and in a store's metadata."""
+        return {**asdict(self), "fingerprint": self.fingerprint}
+
+    @staticmethod
+    def from_json(value: dict[str, str]) -> Identity:
+        """The inverse of `to_json`."""
+        return Identity(value["name"], value["weights"], value["architecture"], value["tokenizer"])
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.fingerprint[:12]})"

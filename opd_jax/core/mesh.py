@@ -1,0 +1,141 @@
+"""The device mesh, and the one table from logical axes to mesh axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opd_jax.config import MeshConfig
+from opd_jax.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp", "expert"),
+    "time": None,
+    "layers": None,
+    "norm": None,
+    "head_dim": None,
+    "embed": "fsdp",
+    "ffn": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+    "replicated": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lay the devices out as `data` x `fsdp` x `tensor` x `expert`.
+
+    Raises:
+        ConfigError: the axes ask for more devices than there are, or do not divide them.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    if sizes.count(-1) > 1 or 0 in sizes:
+        raise ConfigError(
+            f"mesh: {_axes_text(sizes)}: every axis is at least 1, and only one may be -1"
+        )
+    fixed = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise ConfigError(
+                f"mesh: {_axes_text(sizes)}: {len(devices)} devices are not divisible by {fixed}; "
+                "change the axes that are not -1"
+            )
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    needed = math.prod(sizes)
+    if needed > len(devices):
+        raise ConfigError(
+            f"mesh: {_axes_text(sizes)} needs {needed} devices, {len(devices)} are here; "
+            "make an axis smaller"
+        )
+    if jax.process_count() > 1 and needed != len(devices):
+        raise ConfigError(
+            f"mesh: {_axes_text(sizes)} takes {needed} of {len(devices)} devices; with several "
+            "processes it must take all of them"
+        )
+    grid = np.array(devices[:needed]).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _axes_text(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """How many ways a logical axis is cut on this mesh."""
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))
+
+
+def _mesh_axes(logical: str) -> tuple[str, ...]:
+    if logical not in RULES:
+        raise ConfigError(f"sharding: unknown logical axis '{logical}'; known: {', '.join(RULES)}")
+    rule = RULES[logical]
+    return () if rule is None else (rule,) if isinstance(rule, str) else rule
+
+
+def sharding_for(mesh: Mesh, axes: Sequence[str], shape: Sequence[int], name: str) -> NamedSharding:
+    """The sharding of an array by its logical axes.
+
+    Args:
+        axes: one logical axis per dimension of `shape`.
+        name: what the array is called in an error.
+
+    Raises:
+        ConfigError: an unknown axis, a mesh axis used twice, or a dimension that does not divide.
+    """
+    used: dict[str, str] = {}
+    spec: list[tuple[str, ...] | None] = []
+    for logical, size in zip(axes, shape, strict=True):
+        mesh_axes = _mesh_axes(logical)
+        ways = axis_size(mesh, logical)
+        for axis in mesh_axes:
+            if mesh.shape[axis] > 1 and axis in used:
+                raise ConfigError(
+                    f"{name}: dims '{used[axis]}' and '{logical}' both go to mesh axis '{axis}'"
+                )
+            used[axis] = logical
+        if size % ways:
+            largest = max(mesh_axes, key=lambda axis: mesh.shape[axis])
+            raise ConfigError(
+                f"{name}: dim '{logical}'={size} is not divisible by mesh axis "
+                f"'{' x '.join(mesh_axes)}'={ways}; change mesh.{largest}"
+            )
+        spec.append(mesh_axes or None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, axes: Sequence[str], name: str) -> jax.Array:
+    """Fix the sharding of an intermediate value; without a mesh there is nothing to fix."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding_for(mesh, axes, x.shape, name))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data`, `fsdp` and `expert`, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def put_batch(mesh: Mesh, tree: object, *, sharded: bool = True) -> object:
+    """Host arrays that are the same on every process, as global arrays cut by rows (or whole)."""
+    sharding = batch_sharding(mesh) if sharded else replicated(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)

@@ -1,0 +1,137 @@
+"""`metrics.jsonl`: one JSON object per line with `stage`, `run`, `step` and figures.
+
+The file is only appended to and flushed line by line, so a kill costs at most a torn last line,
+which the next writer takes away. A resumed run drops its own lines from its first step on: no step
+appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from opd_jax.errors import ConfigError, DataError
+
+FILE_NAME = "metrics.jsonl"
+LABELS = ("stage", "run", "step")
+
+
+class MetricsWriter:
+    """Appends the metrics of one run of one stage; of several processes only one may have a writer.
+
+    `start_step` is the first step to be written: lines of this run from there on are dropped.
+    With `tensorboard`, the same figures go to `RUN_DIR/tensorboard/STAGE/RUN`.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        stage: str,
+        run: str,
+        start_step: int = 0,
+        tensorboard: bool = False,
+    ) -> None:
+        self.stage, self.run = stage, run
+        path = Path(run_dir) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        _drop_steps(path, stage, run, start_step)
+        folder = path.parent / "tensorboard" / stage / run
+        self._board = _open_board(folder, start_step) if tensorboard else None
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line. Values are scalars of any kind; one that is not finite is written as null."""
+        figures = {name: float(value) for name, value in values.items()}
+        finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        line = {"stage": self.stage, "run": self.run, "step": int(step), **finite}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, int(step))
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """All lines in file order, null as nan; a torn last line is left out. No file: no lines.
+
+    Raises: DataError on any other line that is not a JSON object with `stage`, `run` and `step`.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict) or any(label not in entry for label in LABELS):
+        raise DataError(
+            f"{path}:{number}: not a metrics line ({line[:40]!r}); delete that line to go on"
+        )
+    return {name: math.nan if value is None else value for name, value in entry.items()}
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a killed writer left after the last line end."""
+    if not path.exists():
+        return
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
+
+
+def _drop_steps(path: Path, stage: str, run: str, start_step: int) -> None:
+    """Rewrite the file without this run's lines from `start_step` on; in one rename, if any."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    entries = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+    kept = [
+        line
+        for line, entry in zip(lines, entries, strict=True)
+        if (entry["stage"], entry["run"]) != (stage, run) or entry["step"] < start_step
+    ]
+    if len(kept) < len(lines):
+        partial = path.with_suffix(".tmp")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(path)
+
+
+def _open_board(folder: Path, start_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "tensorboard=true, but tensorboardX is not installed; "
+            "pip install tensorboardX, or set tensorboard=false"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=start_step)

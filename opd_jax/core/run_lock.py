@@ -1,0 +1,47 @@
+"""One run at a time in a run folder: two would write into each other's files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from opd_jax.core.distributed import is_first
+from opd_jax.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the folder; the system lets go of it when the process ends, however it ends.
+
+    Process 0 holds it for all. A file system without locks is not guarded.
+
+    Raises:
+        ConfigError: another run holds it.
+    """
+    if fcntl is None or not is_first():
+        yield
+        return
+    with (run_dir / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                raise ConfigError(
+                    f"run_dir '{run_dir}' is in use by {file.read().strip() or 'another run'}; "
+                    "wait until it ends, or choose another run_dir"
+                ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

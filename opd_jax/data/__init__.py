@@ -1,0 +1,1 @@
+"""Prompts, tokenizers, the rollout store and the batches read from it."""

@@ -1,0 +1,121 @@
+"""From records to the arrays of a train step: shifted, padded or packed.
+
+How a record becomes a row (`p` = 3, response `20 21 1`):
+
+    tokens_t  = [10 11 12 | 20 21  1]
+    input_t   = [10 11 12   20 21   ]
+    target_t  = [11 12 20   21  1   ]
+    mask_t    = [ 0  0  1    1  1   ]      target is a response token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd_jax.data.records import Record, Scores
+
+Batch = dict[str, np.ndarray]
+
+
+def bucket_length(longest: int, multiple: int = 16) -> int:
+    """The smallest multiple that holds `longest`: few shapes, few compilations."""
+    return -(-longest // multiple) * multiple
+
+
+def padded_rows(records: Sequence[Record], length: int) -> Batch:
+    """One record a row, right-padded: `input_bt`, `target_bt`, `positions_bt`, `mask_bt`.
+
+    Args:
+        length: columns; at least the longest record's tokens - 1.
+    """
+    b = len(records)
+    batch = {name: np.zeros((b, length), np.int32) for name in ("input_bt", "target_bt")}
+    batch["positions_bt"] = np.tile(np.arange(length, dtype=np.int32), (b, 1))
+    batch["mask_bt"] = np.zeros((b, length), bool)
+    for row, record in enumerate(records):
+        tokens = np.concatenate([record.prompt_ids, record.response_ids])
+        batch["input_bt"][row, : len(tokens) - 1] = tokens[:-1]
+        batch["target_bt"][row, : len(tokens) - 1] = tokens[1:]
+        batch["mask_bt"][row, _response(record)] = True
+    return batch
+
+
+def _response(record: Record) -> slice:
+    """The columns whose target is a response token."""
+    start = len(record.prompt_ids) - 1
+    return slice(start, start + len(record.response_ids))
+
+
+def opd_batch(
+    records: Sequence[Record], scores: Sequence[Scores], length: int, support: int = 0
+) -> Batch:
+    """Padded rows with the stored log-probs and the per-sequence weights of the OPD objective.
+
+    Adds `weight_bt` (1 / response length on the response), `sampler_bt` and `teacher_bt`, and with
+    `support` > 0 also `support_ids_bts` and `support_logprob_bts`.
+    """
+    batch = padded_rows(records, length)
+    b = len(records)
+    for name in ("weight_bt", "sampler_bt", "teacher_bt"):
+        batch[name] = np.zeros((b, length), np.float32)
+    if support:
+        batch["support_ids_bts"] = np.zeros((b, length, support), np.int32)
+        batch["support_logprob_bts"] = np.zeros((b, length, support), np.float32)
+    for row, (record, score) in enumerate(zip(records, scores, strict=True)):
+        columns = _response(record)
+        batch["weight_bt"][row, columns] = 1.0 / len(record.response_ids)
+        batch["sampler_bt"][row, columns] = record.student_logprob
+        batch["teacher_bt"][row, columns] = score.logprob
+        if support and score.topk_ids is not None and score.topk_logprob is not None:
+            batch["support_ids_bts"][row, columns] = score.topk_ids[:, :support]
+            batch["support_logprob_bts"][row, columns] = score.topk_logprob[:, :support]
+    return batch
+
+
+def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """First-fit in the given order: which items share a row of `row_tokens`.
+
+    An item longer than a row gets a row of its own, to be cut.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    open_from = 0
+    for item, length in enumerate(lengths):
+        row = next((r for r in range(open_from, len(rows)) if free[r] >= length), None)
+        if row is None:
+            rows.append([])
+            free.append(row_tokens)
+            row = len(rows) - 1
+        rows[row].append(item)
+        free[row] -= length
+        while open_from < len(rows) and free[open_from] < 2:
+            open_from += 1
+    return rows
+
+
+def packed_rows(rows: Sequence[Sequence[Record]], row_tokens: int) -> Batch:
+    """Several records a row, kept apart by `segments_bt` (0: padding). Too long ones are cut."""
+    b = len(rows)
+    names = ("input_bt", "target_bt", "positions_bt", "segments_bt")
+    batch = {name: np.zeros((b, row_tokens), np.int32) for name in names}
+    batch["mask_bt"] = np.zeros((b, row_tokens), bool)
+    for row, records in enumerate(rows):
+        start = 0
+        for segment, record in enumerate(records, 1):
+            start += _place(batch, row, start, segment, record)
+    return batch
+
+
+def _place(batch: Batch, row: int, start: int, segment: int, record: Record) -> int:
+    width = batch["input_bt"].shape[1]
+    tokens = np.concatenate([record.prompt_ids, record.response_ids])
+    count = min(len(tokens) - 1, width - start)
+    columns = slice(start, start + count)
+    batch["input_bt"][row, columns] = tokens[:count]
+    batch["target_bt"][row, columns] = tokens[1 : count + 1]
+    batch["positions_bt"][row, columns] = np.arange(count)
+    batch["segments_bt"][row, columns] = segment
+    batch["mask_bt"][row, columns] = np.arange(count) >= len(record.prompt_ids) - 1
+    return count

@@ -1,0 +1,222 @@
+"""Flat token arrays: zarr3, sharded, compressed, with a crc32c on every chunk and every index.
+
+Each record starts on an inner-chunk border, so a read decodes nothing of its neighbours:
+
+    inner = 4      record 0 = [a b c]   record 1 = [d e f g h]
+    axis_t   = [a b c . | d e f g | h . . .]     start_r = [0 4], len_r = [3 5]; a dot is fill
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from opd_jax.data.store_files import StoreFiles, damage_named, shared_context
+from opd_jax.errors import DataError
+
+SHARD_TOKENS = 16_777_216
+SHORTEST_CHUNK = 16
+RowReads = Callable[[], list[np.ndarray]]
+ZSTD: list[dict[str, Any]] = [{"name": "zstd", "configuration": {"level": 1}}]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a segment: a row per record, ragged along one token axis.
+
+    Attributes:
+        axis: which `start_<axis>` and `len_<axis>` columns place a record on it.
+        longest_chunk: upper bound of the inner chunk, in tokens.
+    """
+
+    name: str
+    dtype: str
+    axis: str
+    longest_chunk: int = 4096
+    shard_tokens: int = SHARD_TOKENS
+    blosc: bool = False
+
+    @property
+    def fill(self) -> int | str:
+        """JSON spelling of the value between records."""
+        return -1 if self.dtype == "int32" else "NaN"
+
+    def codecs(self) -> list[dict[str, Any]]:
+        """Codecs inside a shard; the crc32c comes last, over the compressed bytes."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        return [little, *(self._blosc() if self.blosc else ZSTD), {"name": "crc32c"}]
+
+    def _blosc(self) -> list[dict[str, Any]]:
+        size = np.dtype(self.dtype).itemsize
+        setting = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": size}
+        return [{"name": "blosc", "configuration": {**setting, "blocksize": 0}}]
+
+
+def choose_chunk(lengths: np.ndarray, longest: int) -> int:
+    """The smallest power of two, within [16, longest], that holds the median record.
+
+    It holds a quarter of the mean record too: a few very long records among short ones would else
+    be cut into very many chunks.
+    """
+    if not len(lengths):
+        return SHORTEST_CHUNK
+    wanted = int(max(np.median(lengths), np.mean(lengths) / 4))
+    return min(longest, max(SHORTEST_CHUNK, 1 << max(wanted - 1, 0).bit_length()))
+
+
+def place_rows(lengths: np.ndarray, chunk: int) -> tuple[np.ndarray, int]:
+    """Where each record starts when borders are `chunk` apart, and the length of the axis."""
+    borders = np.concatenate([[0], np.cumsum(-(-lengths // chunk) * chunk)]).astype(np.int64)
+    return borders[:-1], int(borders[-1])
+
+
+def array_metadata(field: Field, chunk: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The zarr3 metadata of one array.
+
+    A shard is never longer than the array: its index has an entry per chunk, present or not.
+    """
+    whole = max(chunk, -(-shape[0] // chunk) * chunk)
+    sharding = {
+        "chunk_shape": [chunk, *shape[1:]],
+        "codecs": field.codecs(),
+        "index_codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+        "index_location": "end",
+    }
+    grid = {"chunk_shape": [min(field.shard_tokens, whole), *shape[1:]]}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": field.dtype,
+        "fill_value": field.fill,
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+def lay_out(
+    field: Field, rows: Sequence[np.ndarray], starts: np.ndarray, length: int
+) -> np.ndarray:
+    """The flat array with every record at its start and the fill value between."""
+    tail = rows[0].shape[1:] if len(rows) else ()
+    flat = np.full((length, *tail), float(field.fill), field.dtype)
+    for row, start in zip(rows, starts, strict=True):
+        flat[start : start + len(row)] = row
+    return flat
+
+
+def write_array(files: StoreFiles, folder: str, flat: np.ndarray, field: Field, chunk: int) -> dict:
+    """Writes one array at once, whole shards only, and returns what a commit must say of it."""
+    metadata = array_metadata(field, chunk, flat.shape)
+    store = ts.open(
+        {
+            "driver": "zarr3",
+            "kvstore": (files.kvstore / folder).spec().to_json(),
+            "metadata": metadata,
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        context=shared_context(),
+    ).result()
+    if flat.size:
+        store.write(flat).result()
+    zarr_json = files.read(folder + "zarr.json", "write the segment again")
+    return {
+        "axis": field.axis,
+        "metadata": json.loads(zarr_json),
+        "zarr_json_sha256": hashlib.sha256(zarr_json).hexdigest(),
+    }
+
+
+class KeepBudget:
+    """Bytes of decoded arrays that one store may keep whole in memory.
+
+    Reading a hundred short records one by one costs 25 ms, slicing them out of a kept array less
+    than one. First come, first kept, and no eviction: a store of many small segments must not read
+    a whole array again for each record.
+    """
+
+    def __init__(self, available: int = 64_000_000, largest: int = 16_000_000) -> None:
+        self._available = available
+        self._largest = largest
+
+    def take(self, size: int) -> bool:
+        """Whether an array of `size` bytes may be kept."""
+        if size > min(self._largest, self._available):
+            return False
+        self._available -= size
+        return True
+
+
+class StoredArray:
+    """One array, opened from the metadata in its commit; `zarr.json` is for other programs."""
+
+    def __init__(
+        self, files: StoreFiles, folder: str, described: dict[str, Any], repair: str
+    ) -> None:
+        self._files = files
+        self._folder = folder
+        self._described = described
+        self._repair = repair
+        self.keep = False
+        with damage_named(files.path(folder), repair):
+            self._array = ts.open(
+                {
+                    "driver": "zarr3",
+                    "kvstore": (files.kvstore / folder).spec().to_json(),
+                    "metadata": described["metadata"],
+                    "fill_missing_data_reads": False,
+                    "recheck_cached_data": "open",
+                },
+                open=True,
+                assume_metadata=True,
+                context=shared_context(),
+            ).result()
+
+    @property
+    def nbytes(self) -> int:
+        """Decoded size."""
+        return self._array.size * self._array.dtype.numpy_dtype.itemsize
+
+    @functools.cached_property
+    def _whole(self) -> np.ndarray:
+        return self.read_all()
+
+    def start_rows(self, starts: np.ndarray, lengths: np.ndarray) -> RowReads:
+        """Issues one read per record, all at once; the call of the result awaits them.
+
+        Raises:
+            DataError: on that call: a chunk is missing, cut short or fails its checksum.
+        """
+        spans = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+        if self.keep:
+            return lambda: [self._whole[start:end].copy() for start, end in spans]
+        reads = [self._array[start:end].read() for start, end in spans]
+        return lambda: self._await(reads)
+
+    def _await(self, reads: list[Any]) -> list[np.ndarray]:
+        with damage_named(self._files.path(self._folder), self._repair):
+            return [read.result() for read in reads]
+
+    def read_all(self) -> np.ndarray:
+        """The whole axis, fill values included."""
+        with damage_named(self._files.path(self._folder), self._repair):
+            return self._array.read().result()
+
+    def verify_metadata(self) -> None:
+        """Compares `zarr.json`, which no reader here needs, with the digest in the commit."""
+        key = self._folder + "zarr.json"
+        raw = self._files.read(key, self._repair)
+        if hashlib.sha256(raw).hexdigest() != self._described["zarr_json_sha256"]:
+            raise DataError(f"{self._files.path(key)}: damaged, digest differs; {self._repair}")

@@ -1,0 +1,265 @@
+"""A teacher pass: log-probs for the response tokens of a store's records, committed on their own.
+
+Scores come in whatever order the scorer batched the records, so a pass has its own record-aligned
+axis: a row of scores says which row of which rollout segment it belongs to, and the commit holds
+that segment's digest. Token t of the scores is token t of the response; scores of any other length
+are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from opd_jax.data.records import Scores
+from opd_jax.data.store_arrays import Field
+from opd_jax.data.store_files import StoreFiles
+from opd_jax.data.store_rows import vector
+from opd_jax.data.store_segments import Segment, SegmentCache, next_segment_name, write_segment
+from opd_jax.data.store_snapshot import Snapshot, checked_indices, read_fields
+from opd_jax.errors import DataError
+
+FIELDS = (
+    Field("logprob", "float32", "response"),
+    Field("topk_ids", "int32", "response", 256, 262_144, blosc=True),
+    Field("topk_logprob", "float16", "response", 256, 262_144, blosc=True),
+)
+BUFFER_BYTES = 256_000_000
+
+
+class TeacherPass:
+    """An open pass.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+
+    def __init__(self, files: StoreFiles, name: str) -> None:
+        self.name = name
+        self._files = files
+        self._base = f"teacher/{name}/"
+        repair = f"run the score stage for pass {name!r}"
+        self.meta: dict[str, Any] = files.read_document(self._base + "pass.json", repair)["meta"]
+        self._segments = SegmentCache(files, self._base)
+        self._index: ScoreIndex | None = None
+
+    def committed_records(self, snapshot: Snapshot) -> set[int]:
+        """Indices of the snapshot's records that have scores.
+
+        Raises:
+            DataError: scores belong to another segment of the same name, or a record has two.
+        """
+        return set(self._refreshed(snapshot).scored().tolist())
+
+    def _refreshed(self, snapshot: Snapshot) -> ScoreIndex:
+        self._index = ScoreIndex(self._files.path(self._base), self._segments.all(), snapshot)
+        return self._index
+
+    def _indexed(self, snapshot: Snapshot, wanted: np.ndarray) -> ScoreIndex:
+        """The index that has all of `wanted`, re-read only where the one in memory has not."""
+        index = self._index
+        if index is None or index.snapshot_hash != snapshot.hash or index.lacks(wanted).size:
+            index = self._refreshed(snapshot)
+        lacking = index.lacks(wanted)
+        if lacking.size:
+            prompt_id, sample = snapshot.keys[lacking[0]]
+            raise DataError(
+                f"{self._files.path(self._base)}: no scores for prompt {prompt_id!r}, sample"
+                f" {sample} ({lacking.size} of {wanted.size} records lack them);"
+                " run the score stage again"
+            )
+        return index
+
+    def writer(self, snapshot: Snapshot, process_index: int = 0) -> PassWriter:
+        """A writer of scores for that snapshot's records."""
+        return PassWriter(self._files, self._base, snapshot, process_index)
+
+    def read_many(self, snapshot: Snapshot, indices: Iterable[int]) -> list[Scores]:
+        """Scores of the records at `indices`, in their order.
+
+        Raises:
+            DataError: a record has none, or they are damaged.
+        """
+        wanted = checked_indices(indices, len(snapshot))
+        index = self._indexed(snapshot, wanted)
+        places = index.segment_r[wanted], index.row_r[wanted]
+        topk = wanted.size and all(index.segments[i].has("topk_ids") for i in set(places[0]))
+        fields = ("logprob", "topk_ids", "topk_logprob") if topk else ("logprob",)
+        return [Scores(*row) for row in read_fields(index.segments, *places, fields)]
+
+    def verify(self, snapshot: Snapshot) -> None:
+        """Reads every score of the snapshot's records.
+
+        Raises:
+            DataError: names the first damaged piece.
+        """
+        for segment in self._refreshed(snapshot).segments:
+            segment.verify()
+
+
+class ScoreIndex:
+    """Where each record of a snapshot has its scores.
+
+    Attributes:
+        segment_r: which of `segments` holds record r's scores, -1 where none does.
+        row_r: the row there.
+    """
+
+    def __init__(self, path: str, segments: list[Segment], snapshot: Snapshot) -> None:
+        self.snapshot_hash = snapshot.hash
+        self.segments = segments
+        self.segment_r = np.full(len(snapshot), -1, np.int64)
+        self.row_r = np.zeros(len(snapshot), np.int64)
+        self._path = path
+        self._record_at = _record_numbers(snapshot)
+        self._digests = {segment.name: segment.digest for segment in snapshot.segments}
+        response_len = snapshot.lengths()[1]
+        for number, segment in enumerate(segments):
+            self._enter(number, segment, response_len)
+
+    def _enter(self, number: int, segment: Segment, response_len: np.ndarray) -> None:
+        for source, (name, digest) in enumerate(segment.commit["scored_segments"]):
+            if name not in self._record_at:
+                continue  # a segment that this snapshot does not hold
+            if digest != self._digests[name]:
+                raise self._stale(segment, name)
+            rows = np.flatnonzero(segment.columns["source"] == source)
+            records = self._record_at[name][segment.columns["source_row"][rows]]
+            if (segment.columns["len_response"][rows] != response_len[records]).any():
+                raise self._stale(segment, name)
+            taken = records[self.segment_r[records] >= 0]
+            if taken.size:
+                other = self.segments[self.segment_r[taken[0]]].name
+                raise DataError(
+                    f"{self._path}: record {taken[0]} has scores in {other} and in {segment.name};"
+                    f" delete {self._path}commits/{segment.name}.json"
+                )
+            self.segment_r[records], self.row_r[records] = number, rows
+
+    def _stale(self, segment: Segment, name: str) -> DataError:
+        return DataError(
+            f"{self._path}: {segment.name} scored another segment {name} than the snapshot holds;"
+            f" delete {self._path} and run the score stage again"
+        )
+
+    def scored(self) -> np.ndarray:
+        """Sorted indices of records with scores."""
+        return np.flatnonzero(self.segment_r >= 0)
+
+    def lacks(self, wanted: np.ndarray) -> np.ndarray:
+        """Those of `wanted` without scores."""
+        return wanted[self.segment_r[wanted] < 0]
+
+
+def _record_numbers(snapshot: Snapshot) -> dict[str, np.ndarray]:
+    """For each segment's name, the record index of each of its rows."""
+    segment_r, row_r = snapshot.places()
+    numbers = [np.zeros(len(segment), np.int64) for segment in snapshot.segments]
+    for record, (number, row) in enumerate(zip(segment_r, row_r, strict=True)):
+        numbers[number][row] = record
+    return {s.name: rows for s, rows in zip(snapshot.segments, numbers, strict=True)}
+
+
+class PassWriter:
+    """Buffers scores and commits them as one segment per flush. Leaving the context flushes."""
+
+    def __init__(
+        self, files: StoreFiles, base: str, snapshot: Snapshot, process_index: int
+    ) -> None:
+        self._files = files
+        self._base = base
+        self._snapshot = snapshot
+        self._process_index = process_index
+        self._places = snapshot.places()
+        self._response_len = snapshot.lengths()[1]
+        self._seen: set[int] = set()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[tuple[int, Scores]] = []
+        self._bytes = 0
+
+    def append(self, record_index: int, scores: Scores) -> None:
+        """Takes a copy of one record's scores; a full buffer flushes by itself.
+
+        Raises:
+            DataError: they are not one per response token, or the record has some already.
+        """
+        checked_indices([record_index], len(self._snapshot))
+        checked = self._checked(record_index, scores)
+        self._seen.add(record_index)
+        self._rows.append((record_index, checked))
+        self._bytes += sum(array.nbytes for array in _arrays(checked))
+        if self._bytes >= BUFFER_BYTES:
+            self.flush()
+
+    def _checked(self, record_index: int, scores: Scores) -> Scores:
+        prompt_id, sample = self._snapshot.keys[record_index]
+        where = f"scores of prompt {prompt_id!r}, sample {sample}"
+        tokens = int(self._response_len[record_index])
+        if record_index in self._seen:
+            raise DataError(f"{where}: appended twice; score each record once")
+        if (scores.topk_ids is None) != (scores.topk_logprob is None):
+            raise DataError(f"{where}: top-k ids and log-probs come together or not at all")
+        if self._rows and len(_arrays(scores)) != len(_arrays(self._rows[0][1])):
+            raise DataError(f"{where}: with top-k here, without in others; give all the same")
+        logprob = vector(scores.logprob, np.float32, f"{where}: logprob")
+        checked = Scores(logprob)
+        if scores.topk_ids is not None and scores.topk_logprob is not None:
+            ids = vector(scores.topk_ids, np.int32, f"{where}: topk_ids", rank=2)
+            top = vector(scores.topk_logprob, np.float16, f"{where}: topk_logprob", rank=2)
+            self._check_width(ids, top, where)
+            checked = Scores(logprob, ids, top)
+        for array in _arrays(checked):
+            if len(array) != tokens:
+                raise DataError(
+                    f"{where}: {len(array)} scores for a response of {tokens} tokens;"
+                    " score the stored tokens, one value per token"
+                )
+        return checked
+
+    def _check_width(self, ids: np.ndarray, top: np.ndarray, where: str) -> None:
+        before = _arrays(self._rows[0][1])[1].shape[1] if self._rows else ids.shape[1]
+        if not ids.shape[1] == top.shape[1] == before > 0:
+            raise DataError(
+                f"{where}: top-k widths {ids.shape[1]} and {top.shape[1]}, others {before};"
+                " give one k for the whole pass"
+            )
+
+    def flush(self) -> None:
+        """Commits what is buffered."""
+        if not self._rows:
+            return
+        records = np.array([index for index, _ in self._rows], np.int64)
+        held, source = np.unique(self._places[0][records], return_inverse=True)
+        scored = [self._snapshot.segments[number] for number in held]
+        columns = {"source": source.astype(np.int64), "source_row": self._places[1][records]}
+        arrays = zip(*(_arrays(scores) for _, scores in self._rows), strict=True)
+        name = next_segment_name(self._files, self._base, self._process_index)
+        extra = {"scored_segments": [[segment.name, segment.digest] for segment in scored]}
+        ragged = list(zip(FIELDS, arrays, strict=False))  # without top-k the first field is all
+        write_segment(self._files, self._base, name, ragged, columns, extra)
+        self._clear()
+
+    def close(self) -> None:
+        """Commits the rest."""
+        self.flush()
+
+    def __enter__(self) -> PassWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _arrays(scores: Scores) -> list[np.ndarray]:
+    """The arrays that are there, in the order of FIELDS."""
+    return [a for a in (scores.logprob, scores.topk_ids, scores.topk_logprob) if a is not None]

@@ -1,0 +1,165 @@
+"""One immutable segment: token arrays, the columns that place records on them, the commit.
+
+    <base>data/<segment>/<field>/       token arrays
+    <base>data/<segment>/records.npz    start_<axis>, len_<axis> and more per record
+    <base>commits/<segment>.json        written last: metadata and digests of all the above
+
+A writer killed at any moment leaves at most a folder without a commit, which no reader lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_jax.data.store_arrays import (
+    Field,
+    KeepBudget,
+    RowReads,
+    StoredArray,
+    choose_chunk,
+    lay_out,
+    place_rows,
+    write_array,
+)
+from opd_jax.data.store_files import StoreFiles
+from opd_jax.errors import DataError
+
+Columns = Mapping[str, np.ndarray]
+Ragged = Sequence[tuple[Field, Sequence[np.ndarray]]]
+
+
+def commit_names(files: StoreFiles, base: str) -> list[str]:
+    """The segments that exist, sorted by name."""
+    return files.names(base + "commits/")
+
+
+def next_segment_name(files: StoreFiles, base: str, process_index: int) -> str:
+    """`w<process>-<seq>-<uuid8>`: unique even where two writers pick the same number."""
+    prefix = f"w{process_index:05d}-"
+    taken = [n for n in commit_names(files, base) if n.startswith(prefix)]
+    sequence = int(taken[-1].split("-")[1]) + 1 if taken else 0
+    return f"{prefix}{sequence:06d}-{uuid.uuid4().hex[:8]}"
+
+
+def write_segment(
+    files: StoreFiles, base: str, name: str, ragged: Ragged, columns: Columns, extra: dict[str, Any]
+) -> str:
+    """Writes arrays, then columns, then the commit; returns the commit's digest.
+
+    Args:
+        ragged: a field and its rows, one per record; fields of one axis have rows of equal lengths.
+        columns: what else is kept per record, each [r] or [r, ...].
+        extra: goes into the commit as it is.
+    """
+    folder = f"{base}data/{name}/"
+    columns = dict(columns)
+    chunks: dict[str, int] = {}
+    described = {}
+    for field, rows in ragged:
+        lengths = np.array([len(row) for row in rows], np.int64)
+        # The first field of an axis sets its borders; all chunks are powers of two, so they divide.
+        border = chunks.setdefault(field.axis, choose_chunk(lengths, field.longest_chunk))
+        starts, length = place_rows(lengths, border)
+        columns[f"start_{field.axis}"], columns[f"len_{field.axis}"] = starts, lengths
+        flat = lay_out(field, rows, starts, length)
+        chunk = min(border, field.longest_chunk)
+        described[field.name] = write_array(files, f"{folder}{field.name}/", flat, field, chunk)
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **columns)
+    files.write(folder + "records.npz", packed.getvalue())
+    commit = {
+        **extra,
+        "segment": name,
+        "records": len(next(iter(columns.values()))),
+        "records_sha256": hashlib.sha256(packed.getvalue()).hexdigest(),
+        "fields": described,
+    }
+    return files.write_document(f"{base}commits/{name}.json", commit)
+
+
+class Segment:
+    """A committed segment, its columns in memory and its arrays open.
+
+    Raises:
+        DataError: the commit or the columns are damaged.
+    """
+
+    def __init__(self, files: StoreFiles, base: str, name: str, budget: KeepBudget) -> None:
+        self.name = name
+        self.path = files.path(f"{base}data/{name}")
+        self.repair = (
+            f"delete {files.path(f'{base}commits/{name}.json')} and run the stage that wrote it"
+            " again: it makes only what is missing"
+        )
+        self.commit = files.read_document(f"{base}commits/{name}.json", self.repair)
+        self.digest: str = self.commit["sha256"]
+        key = f"{base}data/{name}/records.npz"
+        raw = files.read(key, self.repair)
+        if hashlib.sha256(raw).hexdigest() != self.commit["records_sha256"]:
+            raise DataError(f"{files.path(key)}: damaged, digest differs; {self.repair}")
+        with np.load(io.BytesIO(raw), allow_pickle=False) as packed:
+            self.columns = {name: packed[name] for name in packed.files}
+        self._arrays = {
+            field: StoredArray(files, f"{base}data/{name}/{field}/", described, self.repair)
+            for field, described in self.commit["fields"].items()
+        }
+        for array in self._arrays.values():
+            array.keep = budget.take(array.nbytes)
+
+    def __len__(self) -> int:
+        return self.commit["records"]
+
+    def has(self, field: str) -> bool:
+        """Whether the segment holds that array."""
+        return field in self._arrays
+
+    def _span(self, field: str) -> tuple[np.ndarray, np.ndarray]:
+        axis = self.commit["fields"][field]["axis"]
+        return self.columns[f"start_{axis}"], self.columns[f"len_{axis}"]
+
+    def start_rows(self, field: str, rows: np.ndarray) -> RowReads:
+        """Issues the reads of one field's rows."""
+        starts, lengths = self._span(field)
+        return self._arrays[field].start_rows(starts[rows], lengths[rows])
+
+    def read_field(self, field: str) -> list[np.ndarray]:
+        """Every row of one field, by one read of the whole array: all its checksums are tested."""
+        flat = self._arrays[field].read_all()
+        starts, lengths = self._span(field)
+        return [flat[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+
+    def verify(self) -> None:
+        """Reads every chunk and every metadata file.
+
+        Raises:
+            DataError: one is damaged or missing.
+        """
+        for array in self._arrays.values():
+            array.verify_metadata()
+            array.read_all()
+
+
+class SegmentCache:
+    """The committed segments below one base, each loaded once: a commit never changes."""
+
+    def __init__(self, files: StoreFiles, base: str) -> None:
+        self._files = files
+        self._base = base
+        self._loaded: dict[str, Segment] = {}
+        self._budget = KeepBudget()
+
+    def load(self, name: str) -> Segment:
+        """The segment of that name."""
+        if name not in self._loaded:
+            self._loaded[name] = Segment(self._files, self._base, name, self._budget)
+        return self._loaded[name]
+
+    def all(self) -> list[Segment]:
+        """Every committed segment now, sorted by name."""
+        return [self.load(name) for name in commit_names(self._files, self._base)]

@@ -1,0 +1,28 @@
+"""The exceptions that a user can cause. The command line prints their one line and exits with 2.
+
+A message names the thing, the value, the place and the repair.
+"""
+
+
+class OPDError(Exception):
+    """Base of everything that a user can cause and repair."""
+
+
+class ConfigError(OPDError):
+    """A config key, type or value is wrong, or two of them contradict each other."""
+
+
+class ModelError(OPDError):
+    """A model folder is missing, broken or unknown, or does not fit its tokenizer or the mesh."""
+
+
+class DataError(OPDError):
+    """A prompt file, a store or a checkpoint cannot be read as what it claims to be."""
+
+
+class ConsistencyError(OPDError):
+    """Two artefacts that must descend from the same model, tokenizer or config do not."""
+
+
+class StageError(OPDError):
+    """A stage's inputs are missing or have changed since it ran."""

@@ -1,0 +1,1 @@
+"""Graders and accuracy estimates."""

@@ -1,0 +1,110 @@
+"""The command line: `python -m opd_jax.main --config PATH [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from opd_jax.config_load import load_config
+from opd_jax.errors import ConfigError, OPDError
+
+_NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplotlib")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pipeline; the exit code is 2 for what the user can repair, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(_parse(words))
+    except (OPDError, OSError) as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        print(f"opd_jax: error: {_one_line(error)}", file=sys.stderr)
+        _leave_others()
+        return 2
+    except KeyboardInterrupt:
+        print("opd_jax: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m opd_jax.main",
+        description="Offline on-policy distillation: from prompts to a distilled student.",
+    )
+    parser.add_argument("--config", required=True, metavar="PATH", help="the run's YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a dotted config key and its YAML value"
+    )
+    parser.add_argument("--stages", metavar="a,b", help="do only these stages")
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="redo a stage that is done"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what is done and what is not")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
+    group = parser.add_argument_group("several processes (the same command on each)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--rank", type=int, metavar="I", help="which one this is, from 0")
+    return parser.parse_intermixed_args(words)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    # jax and what builds on it take seconds to import: a misspelt key should not wait for them.
+    from opd_jax.core import distributed
+
+    distributed.start(arguments.coordinator, arguments.processes, arguments.rank)
+    from opd_jax.stages import pipeline
+
+    stages = None if arguments.stages is None else _names([arguments.stages])
+    pipeline.run(config, stages=stages, force=_names(arguments.force), plan_only=arguments.plan)
+
+
+def _leave_others() -> None:
+    """With several processes, end at once: an orderly shutdown would wait for all the others."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def _names(texts: Sequence[str]) -> list[str]:
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _quiet_libraries() -> None:
+    """Keep third-party chatter off the terminal; must come before those libraries are imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(_NOISY)})\b")
+
+
+if __name__ == "__main__":
+    # Models are folders on this machine; nothing may reach for a hub behind the user's back.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "--debug" not in sys.argv:
+        _quiet_libraries()
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The decoder, and its exchange with Hugging Face folders and GGUF files."""

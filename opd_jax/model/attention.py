@@ -1,0 +1,230 @@
+"""Grouped-query attention of new tokens to each other, and of one new token to a cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
+BLOCK = 256
+SAVED = "attention"
+"""Name of what the backward pass needs, for `jax.checkpoint` policies."""
+
+
+def attend(
+    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, segments_bt: jax.Array | None
+) -> jax.Array:
+    """Causal softmax attention within segments; all scores of a row exist at once.
+
+    Args:
+        q_btnh: queries; query head n reads kv head n // (n_heads // kv_heads).
+        k_btkh: keys of the same tokens.
+        v_btkh: values of the same tokens.
+        segments_bt: int32; a token reads the tokens of its segment up to itself. `None`: one
+            segment per row.
+
+    Returns:
+        [b, t, n, h] in the dtype of `q_btnh`; scores and sums are float32.
+    """
+    b, t, n, h = q_btnh.shape
+    k = k_btkh.shape[2]
+    q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * (h**-0.5)
+    score = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_btkh, preferred_element_type=jnp.float32)
+    mask_bts = jnp.tril(jnp.ones((1, t, t), bool))
+    if segments_bt is not None:
+        mask_bts &= segments_bt[:, :, None] == segments_bt[:, None, :]
+    score = jnp.where(mask_bts[:, None, None], score, MASKED)
+    weight = jax.nn.softmax(score, axis=-1).astype(v_btkh.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weight, v_btkh, preferred_element_type=jnp.float32)
+    return mixed.reshape(b, t, n, h).astype(q_btnh.dtype)
+
+
+def attend_chunked(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+    block: int = BLOCK,
+) -> jax.Array:
+    """`attend`, one tile of `block` x `block` scores at a time, forward and backward.
+
+    Tiles above the diagonal are never computed. The backward pass computes the tiles again from
+    the log-sum-exp of each row. Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+    """
+    b, t, n, h = q_btnh.shape
+    k, c = k_btkh.shape[2], min(block, t)
+    if segments_bt is None:
+        segments_bt = jnp.zeros((b, t), jnp.int32)
+    # Padding keys lie after every query: no query reads them.
+    q, keys, values, segments = (_pad_time(x, c) for x in (q_btnh, k_btkh, v_btkh, segments_bt))
+    q_bkgth = jnp.moveaxis((q * (h**-0.5)).reshape(b, -1, k, n // k, h), 1, 3)
+    rows = (jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), segments)
+    mixed_bkgth = _tiled(q_bkgth, *rows, c)  # pyright: ignore[reportGeneralTypeIssues]
+    return jnp.moveaxis(mixed_bkgth, 3, 1).reshape(b, -1, n, h)[:, :t]
+
+
+def _pad_time(x: jax.Array, block: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
+
+
+class _Saved(NamedTuple):
+    """What the backward pass of `_tiled` needs."""
+
+    q_bkgth: jax.Array
+    keys_bksh: jax.Array
+    values_bksh: jax.Array
+    segments_bt: jax.Array
+    mixed_bkgth: jax.Array
+    lse_bkgt: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled(
+    q_bkgth: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, segments_bt: jax.Array, c: int
+) -> jax.Array:
+    return _tiled_fwd(q_bkgth, keys_bksh, values_bksh, segments_bt, c)[0]
+
+
+def _tiled_fwd(
+    q_bkgth: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, segments_bt: jax.Array, c: int
+) -> tuple[jax.Array, _Saved]:
+    b, k, g, t, h = q_bkgth.shape
+
+    def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, segments = _cut(q_bkgth, i, c, 3), _cut(segments_bt, i, c, 1)
+
+        def key_block(j: jax.Array, carry: tuple) -> tuple:
+            top, total, mixed = carry
+            mask = _tile_mask(i, j, segments, _cut(segments_bt, j, c, 1))
+            score = _tile_scores(q, _cut(keys_bksh, j, c, 2), mask)
+            new_top = jnp.maximum(top, jnp.max(score, axis=-1))
+            weight = jnp.exp(score - new_top[..., None])
+            scale = jnp.exp(top - new_top)
+            add = _product("bkqs,bksh->bkqh", weight, _cut(values_bksh, j, c, 2), g)
+            total = total * scale + jnp.sum(weight, axis=-1)
+            return new_top, total, mixed * scale[..., None] + add
+
+        zero = jnp.zeros((b, k, g, c), jnp.float32)
+        start = (zero + MASKED, zero, jnp.zeros((b, k, g, c, h), jnp.float32))
+        top, total, mixed = jax.lax.fori_loop(0, i + 1, key_block, start)
+        return (mixed / total[..., None]).astype(q_bkgth.dtype), top + jnp.log(total)
+
+    mixed, lse = jax.lax.map(query_block, jnp.arange(t // c))
+    mixed_bkgth = jnp.moveaxis(mixed, 0, 3).reshape(q_bkgth.shape)
+    lse_bkgt = jnp.moveaxis(lse, 0, 3).reshape(b, k, g, t)
+    found = (q_bkgth, keys_bksh, values_bksh, mixed_bkgth, lse_bkgt)
+    q_bkgth, keys_bksh, values_bksh, mixed_bkgth, lse_bkgt = (
+        checkpoint_name(x, SAVED) for x in found
+    )
+    saved = _Saved(q_bkgth, keys_bksh, values_bksh, segments_bt, mixed_bkgth, lse_bkgt)
+    return mixed_bkgth, saved
+
+
+def _tiled_bwd(
+    c: int, saved: _Saved, grad_bkgth: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """With weights P and their gradient dP: dS = P * (dP - rowsum(dO * O))."""
+    q_bkgth, keys_bksh, values_bksh, segments_bt, mixed_bkgth, lse_bkgt = saved
+    g, t = q_bkgth.shape[2:4]
+    delta_bkgt = jnp.einsum(
+        "bkgth,bkgth->bkgt", grad_bkgth, mixed_bkgth, preferred_element_type=jnp.float32
+    )
+
+    def query_block(carry: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
+        q, grad, lse, delta = (
+            _cut(x, i, c, 3) for x in (q_bkgth, grad_bkgth, lse_bkgt, delta_bkgt)
+        )
+        segments = _cut(segments_bt, i, c, 1)
+
+        def key_block(j: jax.Array, carry: tuple) -> tuple:
+            q_grad, key_grads, value_grads = carry
+            keys, values = _cut(keys_bksh, j, c, 2), _cut(values_bksh, j, c, 2)
+            mask = _tile_mask(i, j, segments, _cut(segments_bt, j, c, 1))
+            weight = jnp.exp(_tile_scores(q, keys, mask) - lse[..., None])
+            weight_grad = _product("bkqh,bksh->bkqs", grad, values, g)
+            score_grad = weight * (weight_grad - delta[..., None])
+            q_grad += _product("bkqs,bksh->bkqh", score_grad, keys, g)
+            key_grads = _add_block(key_grads, j, _transposed(score_grad, q))
+            value_grads = _add_block(value_grads, j, _transposed(weight, grad))
+            return q_grad, key_grads, value_grads
+
+        start = (jnp.zeros(q.shape, jnp.float32), *carry)
+        q_grad, *carry_out = jax.lax.fori_loop(0, i + 1, key_block, start)
+        return tuple(carry_out), q_grad.astype(q_bkgth.dtype)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys_bksh, values_bksh))
+    (key_grads, value_grads), q_grads = jax.lax.scan(query_block, zeros, jnp.arange(t // c))
+    q_grad = jnp.moveaxis(q_grads, 0, 3).reshape(q_bkgth.shape)
+    return q_grad, key_grads.astype(keys_bksh.dtype), value_grads.astype(values_bksh.dtype), None
+
+
+_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+
+
+def _cut(x: jax.Array, i: jax.Array, c: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * c, c, axis)
+
+
+def _add_block(x_bksh: jax.Array, j: jax.Array, add_bkch: jax.Array) -> jax.Array:
+    c = add_bkch.shape[2]
+    return jax.lax.dynamic_update_slice_in_dim(x_bksh, _cut(x_bksh, j, c, 2) + add_bkch, j * c, 2)
+
+
+def _tile_mask(i: jax.Array, j: jax.Array, query_bc: jax.Array, key_bs: jax.Array) -> jax.Array:
+    """[b, c, s] bool for query block i and key block j, given their segments."""
+    c = query_bc.shape[1]
+    place = jnp.arange(c)
+    causal = (i * c + place)[None, :, None] >= (j * c + place)[None, None, :]
+    return causal & (query_bc[:, :, None] == key_bs[:, None, :])
+
+
+def _tile_scores(q_bkgch: jax.Array, keys_bksh: jax.Array, mask_bcs: jax.Array) -> jax.Array:
+    score = _product("bkqh,bksh->bkqs", q_bkgch, keys_bksh, q_bkgch.shape[2])
+    return jnp.where(mask_bcs[:, None, None], score, MASKED)
+
+
+def _product(spec: str, x_bkgcx: jax.Array, y: jax.Array, g: int) -> jax.Array:
+    """A product of one tile in float32 sums: the g query heads of a kv head are one matrix."""
+    b, k, _, c, last = x_bkgcx.shape
+    flat = x_bkgcx.astype(y.dtype).reshape(b, k, g * c, last)
+    out = jnp.einsum(spec, flat, y, preferred_element_type=jnp.float32)
+    return out.reshape(b, k, g, c, -1)
+
+
+def _transposed(x_bkgcs: jax.Array, y_bkgch: jax.Array) -> jax.Array:
+    """[b, k, s, h]: summed over the queries of all heads that read a kv head."""
+    b, k, g, c, s = x_bkgcs.shape
+    x = x_bkgcs.astype(y_bkgch.dtype).reshape(b, k, g * c, s)
+    y = y_bkgch.reshape(b, k, g * c, -1)
+    return jnp.einsum("bkqs,bkqh->bksh", x, y, preferred_element_type=jnp.float32)
+
+
+def attend_cached(
+    q_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, lengths_b: jax.Array
+) -> jax.Array:
+    """Attention of one new token per row (t = 1) over a cache that already holds that token.
+
+    The cache has its kv heads before its positions: both products then read it as it lies.
+
+    Args:
+        q_btnh: queries, t = 1.
+        keys_bksh: row b's tokens at positions 0 to `lengths_b[b] - 1`, the new one last.
+        values_bksh: likewise.
+        lengths_b: int32, tokens in each row, at least 1.
+
+    Returns:
+        [b, 1, n, h] in the dtype of `q_btnh`.
+    """
+    b, _, n, h = q_btnh.shape
+    k, s = keys_bksh.shape[1:3]
+    q_bkgh = q_btnh.reshape(b, k, n // k, h) * (h**-0.5)
+    score = jnp.einsum("bkgh,bksh->bkgs", q_bkgh, keys_bksh, preferred_element_type=jnp.float32)
+    mask_bs = jnp.arange(s)[None, :] < lengths_b[:, None]
+    score = jnp.where(mask_bs[:, None, None], score, MASKED)
+    weight = jax.nn.softmax(score, axis=-1).astype(values_bksh.dtype)
+    mixed = jnp.einsum("bkgs,bksh->bkgh", weight, values_bksh, preferred_element_type=jnp.float32)
+    return mixed.reshape(b, 1, n, h).astype(q_btnh.dtype)

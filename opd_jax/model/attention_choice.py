@@ -1,0 +1,141 @@
+"""Attention of whole rows: which implementation runs follows platform, shape and wish."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from opd_jax.core.mesh import axis_size
+from opd_jax.errors import ConfigError
+from opd_jax.model.attention import attend, attend_chunked
+
+KERNEL_OF = {"tpu": "splash", "gpu": "triton"}
+RUNS_ON = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}
+SHORTEST_FOR_KERNEL = 128
+"""Tokens: the kernels compute whole blocks of about this many, however few are there."""
+LARGEST_TRITON_HEAD = 128
+LARGEST_CUDNN_HEAD = 128
+
+
+class AttentionCase(NamedTuple):
+    """What is to be computed: global sizes, as the model sees them."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    dtype: str
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    packed: bool
+    mesh: Mesh | None
+
+
+def attend_rows(
+    wanted: str,
+    mesh: Mesh | None,
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+) -> jax.Array:
+    """`attention.attend` by the implementation that `choose_attention` gives.
+
+    Args:
+        wanted: `model.attention`.
+
+    Raises:
+        ConfigError: the wanted one cannot do this case.
+    """
+    b, t, n, h = q_btnh.shape
+    case = AttentionCase(
+        platform_of(mesh),
+        q_btnh.dtype.name,
+        b,
+        t,
+        n,
+        k_btkh.shape[2],
+        h,
+        packed=segments_bt is not None,
+        mesh=mesh,
+    )
+    name = choose_attention(wanted, case)
+    if name in ("chunked", "xla"):
+        plain = attend if name == "xla" else attend_chunked
+        return plain(q_btnh, k_btkh, v_btkh, segments_bt)
+    from opd_jax.model import attention_kernels  # Pallas takes a second to import
+
+    kernels = {
+        "splash": attention_kernels.splash_attention,
+        "triton": attention_kernels.triton_attention,
+        "cudnn": attention_kernels.cudnn_attention,
+    }
+    return kernels[name](q_btnh, k_btkh, v_btkh, segments_bt, mesh)
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, absent ones too; without a mesh, of JAX."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def choose_attention(wanted: str, case: AttentionCase) -> str:
+    """The implementation for whole sequences (a single new token has `attend_cached`).
+
+    | name | what | chosen by `auto` for |
+    |---|---|---|
+    | `splash` | Pallas kernel of TPUs | TPU, from 128 tokens |
+    | `triton` | Pallas-Triton kernel of GPUs | GPU, from 128 tokens, heads up to 128 |
+    | `cudnn` | cuDNN's kernel | nothing: no packed rows, and a compiler without cuDNN fails |
+    | `chunked` | tiles of scores, plain XLA | the rest |
+    | `xla` | all scores at once, plain XLA | nothing: on CPU it takes two to three times as long |
+
+    A kernel runs per device on whole rows and heads; `auto` leaves what the mesh does not divide
+    to `chunked`.
+
+    Args:
+        wanted: `model.attention`: "auto", or one of the names.
+
+    Raises:
+        ConfigError: the wanted one cannot do this case.
+    """
+    if wanted == "auto":
+        return _best(case)
+    if problem := _problem(wanted, case):
+        raise ConfigError(f"model.attention: '{wanted}' {problem}; set it to '{_best(case)}'")
+    return wanted
+
+
+def _best(case: AttentionCase) -> str:
+    kernel = KERNEL_OF.get(case.platform)
+    if kernel and case.tokens >= SHORTEST_FOR_KERNEL and _problem(kernel, case) is None:
+        return kernel
+    return "chunked"
+
+
+def _problem(name: str, case: AttentionCase) -> str | None:
+    """Why an implementation cannot do this case, as the rest of a sentence about it."""
+    if name not in RUNS_ON:
+        return None
+    if case.platform != RUNS_ON[name]:
+        return f"runs on {RUNS_ON[name]} only, and the devices are {case.platform}"
+    sizes = {"batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads}
+    for logical, size in sizes.items():
+        ways = 1 if case.mesh is None else axis_size(case.mesh, logical)
+        if size % ways:
+            return f"cuts '{logical}'={size} into {ways} equal parts on this mesh, which fails"
+    if name == "triton" and case.head_dim > LARGEST_TRITON_HEAD:
+        return f"takes heads up to {LARGEST_TRITON_HEAD}, not {case.head_dim}"
+    return _cudnn_problem(case) if name == "cudnn" else None
+
+
+def _cudnn_problem(case: AttentionCase) -> str | None:
+    if case.packed:
+        return "has no segments, and these rows are packed"
+    if case.dtype != "bfloat16":
+        return f"computes in bfloat16, not {case.dtype}"
+    if case.head_dim % 8 or case.head_dim > LARGEST_CUDNN_HEAD:
+        return f"takes heads of a multiple of 8 up to {LARGEST_CUDNN_HEAD}, not {case.head_dim}"
+    return None

@@ -1,0 +1,206 @@
+"""Attention by the fused kernels of TPUs and GPUs: no [t, t] array, forward or backward.
+
+All have the semantics of `attention.attend`: causal within a row and within a segment, grouped
+queries, scale head_dim ** -0.5. A kernel knows nothing of sharding: each device runs it on its own
+rows and heads, under `shard_map`. Where a kernel wants whole blocks of tokens, padding goes after
+the last token, where no query reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as triton
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, PartitionSpec
+
+from opd_jax.core.mesh import sharding_for
+from opd_jax.model.attention import SAVED
+
+TPU_LANES = 128
+SPLASH_BLOCK = 512
+TRITON_SMALLEST_BLOCK = 16  # of a side of a Triton matrix product
+
+
+class Inputs(NamedTuple):
+    """What every implementation takes."""
+
+    q_btnh: jax.Array
+    k_btkh: jax.Array
+    v_btkh: jax.Array
+    segments_bt: jax.Array | None
+
+
+def splash_attention(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+    mesh: Mesh | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The Pallas kernel of TPUs, "splash": it skips the blocks above the diagonal.
+
+    Args:
+        q_btnh: queries; query head n reads kv head n // (n_heads // kv_heads).
+        k_btkh: keys of the same tokens.
+        v_btkh: values of the same tokens.
+        segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
+        mesh: rows go over its axes of `batch`, heads over those of `heads`; `None`: one device.
+        interpret: run the kernel step by step on any platform, for tests.
+
+    Returns:
+        [b, t, n, h] in the dtype of `q_btnh`.
+
+    Raises:
+        ConfigError: rows, heads or kv heads are not divisible by the mesh.
+    """
+    local = functools.partial(_splash_local, interpret=interpret)
+    return _on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
+
+
+def triton_attention(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+    mesh: Mesh | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The Pallas-Triton kernel of GPUs. Arguments, result and errors of `splash_attention`."""
+    local = functools.partial(_triton_local, interpret=interpret)
+    return _on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
+
+
+def cudnn_attention(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: None,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """cuDNN's kernel for bfloat16 on GPUs; it has no segments, so no packed rows.
+
+    Arguments, result and errors of `splash_attention`. It needs cuDNN where it is compiled.
+    """
+    return _on_each_device(_cudnn_local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
+
+
+def _on_each_device(
+    local: Callable[[Inputs], jax.Array], inputs: Inputs, mesh: Mesh | None
+) -> jax.Array:
+    if mesh is None or mesh.size == 1:
+        return local(inputs)
+    kv_axes = ("batch", "time", "kv_heads", "head_dim")
+    axes = (("batch", "time", "heads", "head_dim"), kv_axes, kv_axes, ("batch", "time"))
+    specs = tuple(
+        PartitionSpec()  # stands for no array
+        if x is None
+        else sharding_for(mesh, logical, x.shape, f"attention.{name}").spec
+        for name, x, logical in zip(Inputs._fields, inputs, axes, strict=True)
+    )
+
+    def run(*mine: Any) -> jax.Array:
+        return local(Inputs(*mine))
+
+    # Pallas calls do not say over which mesh axes their results vary, so that check is off.
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*inputs)
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
+
+
+def _splash_local(inputs: Inputs, *, interpret: bool) -> jax.Array:
+    q, k, v, segments = inputs
+    _, t, n, h = q.shape
+    block = splash_block(t)
+    head_multiple = TPU_LANES if h > TPU_LANES else 1  # the kernel pads narrower heads itself
+    q, k, v = (_pad(_pad(x, 1, block), 3, head_multiple) for x in (q * h**-0.5, k, v))
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
+    padded = q.shape[2]
+    sizes = splash.BlockSizes(
+        **dict.fromkeys(
+            ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"),
+            block,
+        ),
+        # The fused backward kernel writes dq once per kv block: t / block times its memory.
+        use_fused_bwd_kernel=False,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((padded, padded))] * n)
+    kernel = splash.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    ids = None
+    if segments is not None:
+        ids_bt = _pad(segments, 1, block)
+        ids = splash.SegmentIds(ids_bt, ids_bt)
+    out: Any = jax.vmap(kernel)(q, k, v, ids)  # typed as if it could return residuals
+    return jnp.moveaxis(out, 2, 1)[:, :t, :, :h]
+
+
+def splash_block(t: int) -> int:
+    """Tokens per block: whole lanes, and a row is padded to a multiple of it."""
+    return min(SPLASH_BLOCK, t + -t % TPU_LANES)
+
+
+def _triton_local(inputs: Inputs, *, interpret: bool) -> jax.Array:
+    q, k, v, segments = inputs
+    b, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    sizes = triton_blocks(t, h, q.dtype.itemsize)
+    longest = max(sizes.block_q, sizes.block_k)
+    q, k, v = (_pad(x, 1, longest) for x in (q, k, v))
+    if segments is not None:
+        segments = _pad(segments, 1, longest)
+    q_btkgh = q.reshape(b, -1, kv_heads, n // kv_heads, h)
+    attend = functools.partial(
+        triton.mha, sm_scale=h**-0.5, causal=True, block_sizes=sizes, interpret=interpret
+    )
+
+    def group(q_btkh: jax.Array) -> jax.Array:
+        return attend(q_btkh, k, v, segments)
+
+    # Over the query heads of a group by vmap: keys and values are read in place, not repeated.
+    out_btkgh = jax.vmap(group, in_axes=3, out_axes=3)(q_btkgh)
+    return out_btkgh.reshape(b, -1, n, h)[:, :t]
+
+
+def triton_blocks(t: int, head_dim: int, itemsize: int) -> triton.BlockSizes:
+    """Block sizes whose tiles fit the shared memory of an SM (Ampere and later).
+
+    They are safe, not tuned. The backward kernel holds five tiles at a time, hence its smaller
+    blocks; its query and kv blocks must be equal.
+    """
+    row_bytes = max(head_dim, 64) * itemsize
+    short = max(TRITON_SMALLEST_BLOCK, 1 << (t - 1).bit_length())
+    forward = min(128 if row_bytes <= 128 else 64 if row_bytes <= 256 else 32, short)
+    backward = min(64 if row_bytes <= 128 else 32, short)
+    return triton.BlockSizes(
+        block_q=forward,
+        block_k=forward,
+        block_q_dkv=backward,
+        block_kv_dkv=backward,
+        block_q_dq=backward,
+        block_kv_dq=backward,
+    )
+
+
+def _cudnn_local(inputs: Inputs) -> jax.Array:
+    q, k, v, _ = inputs
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

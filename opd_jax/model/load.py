@@ -1,0 +1,38 @@
+"""One entry for every kind of model path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from opd_jax.core.gguf_file import is_gguf
+from opd_jax.model.architecture import Architecture
+from opd_jax.model.gguf import load_gguf_params, read_gguf_architecture
+from opd_jax.model.hf_config import read_architecture
+from opd_jax.model.hf_import import load_params
+from opd_jax.model.transformer import LanguageModel, Params
+
+
+def architecture_of(path: str | Path) -> Architecture:
+    """The architecture of a Hugging Face folder or a .gguf file; raises ModelError."""
+    return read_gguf_architecture(path) if is_gguf(path) else read_architecture(path)
+
+
+def read_model(
+    path: str | Path,
+    param_dtype: str = "float32",
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+) -> tuple[LanguageModel, Params]:
+    """A model and its parameters from a Hugging Face folder or a .gguf file.
+
+    Raises:
+        ModelError: the path is missing, damaged, or holds what is not supported.
+        ConfigError: the mesh does not divide a parameter.
+    """
+    model = LanguageModel(architecture_of(path), compute_dtype, remat, mesh, attention)
+    load = load_gguf_params if is_gguf(path) else load_params
+    return model, load(path, model, param_dtype)

@@ -1,0 +1,170 @@
+"""Mixture of experts: routing, grouped matrix products, and what balances the experts.
+
+Every token reaches all its experts: there is no capacity and nothing is dropped. (token, expert)
+pairs are sorted by expert, so that each expert's rows are one group of `jax.lax.ragged_dot`. On
+accelerators that product skips what is in no group; XLA's fallback on CPU multiplies every row with
+every expert, which is right and slow.
+
+On a mesh the experts lie over the axis `expert`, over which batch rows are cut as well (attention
+would be repeated otherwise). Around the experts, the rows of one `expert` group are gathered; each
+device sorts the pairs of its own experts to the front and multiplies those; the sum over the group
+is scattered back to rows. The buffer holds every pair of the group, for all may choose one device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from opd_jax.core.mesh import sharding_for
+from opd_jax.model.architecture import Architecture
+
+_ROWS = ("batch", "time", "replicated")
+_IN_AXES = ("experts", "replicated", "ffn")
+_OUT_AXES = ("experts", "ffn", "replicated")
+
+
+class Routing(NamedTuple):
+    """Where tokens go. Experts of one token are distinct."""
+
+    prob_bte: jax.Array  # float32, over all experts
+    weight_bts: jax.Array  # float32, of the chosen ones (s: experts_per_token)
+    expert_bts: jax.Array  # int32
+
+
+class RouterSums(NamedTuple):
+    """Plain sums over counted tokens, float32, one row per sparse layer."""
+
+    assigned_le: jax.Array  # tokens that chose each expert
+    probability_le: jax.Array
+    entropy_l: jax.Array  # nats
+    tokens_l: jax.Array
+
+
+def route(arch: Architecture, router_de: jax.Array, x_btd: jax.Array) -> Routing:
+    """Softmax over all experts in float32, then the likeliest `experts_per_token`."""
+    logit_bte = jnp.einsum("btd,de->bte", x_btd, router_de, preferred_element_type=jnp.float32)
+    prob_bte = jax.nn.softmax(logit_bte, axis=-1)
+    weight_bts, expert_bts = jax.lax.top_k(prob_bte, arch.experts_per_token)
+    if arch.norm_topk_prob:
+        weight_bts = weight_bts / jnp.sum(weight_bts, axis=-1, keepdims=True)
+    return Routing(prob_bte, weight_bts, expert_bts)
+
+
+def moe_mlp(
+    arch: Architecture,
+    layer: dict[str, jax.Array],
+    x_btd: jax.Array,
+    mesh: Mesh | None,
+    counted_bt: jax.Array | None,
+) -> tuple[jax.Array, RouterSums]:
+    """The experts' weighted outputs, and this layer's `RouterSums` (without the axis `l`).
+
+    Args:
+        layer: `router` [d, e], `w_gate` and `w_up` [e, d, f], `w_down` [e, f, d].
+        counted_bt: bool, tokens that the sums count; `None`: all.
+
+    Raises:
+        ConfigError: the mesh does not divide the rows.
+    """
+    routing = route(arch, layer["router"], x_btd)
+    weights = (layer["w_gate"], layer["w_up"], layer["w_down"])
+    pairs = (x_btd, routing.weight_bts, routing.expert_bts)
+    if mesh is None or mesh.size == 1:
+        out_btd = _experts(*pairs, *weights, first=0)
+    else:
+        out_btd = _experts_on_mesh(mesh, pairs, weights)
+    return out_btd.astype(x_btd.dtype), router_sums(routing, counted_bt)
+
+
+def _experts_on_mesh(
+    mesh: Mesh, pairs: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]
+) -> jax.Array:
+    def body(*local: jax.Array) -> jax.Array:
+        gathered = [jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in local[:3]]
+        first = jax.lax.axis_index("expert") * local[3].shape[0]
+        out_btd = jax.lax.psum(_experts(*gathered, *local[3:], first=first), "tensor")
+        return jax.lax.psum_scatter(out_btd, "expert", scatter_dimension=0, tiled=True)
+
+    def spec(x: jax.Array, axes: tuple[str, ...], name: str) -> PartitionSpec:
+        return sharding_for(mesh, axes, x.shape, name).spec
+
+    rows = [spec(x, _ROWS, "tokens of the experts") for x in pairs]
+    cuts = (_IN_AXES, _IN_AXES, _OUT_AXES)
+    held = [spec(x, axes, "experts") for x, axes in zip(weights, cuts, strict=True)]
+    return jax.shard_map(body, mesh=mesh, in_specs=(*rows, *held), out_specs=rows[0])(
+        *pairs, *weights
+    )
+
+
+def _experts(
+    x_btd: jax.Array,
+    weight_bts: jax.Array,
+    expert_bts: jax.Array,
+    w_gate_edf: jax.Array,
+    w_up_edf: jax.Array,
+    w_down_efd: jax.Array,
+    *,
+    first: int | jax.Array,
+) -> jax.Array:
+    """float32 [b, t, d]: what experts `first` to `first + e - 1` add to each token."""
+    (b, t, d), s, experts = x_btd.shape, expert_bts.shape[-1], w_gate_edf.shape[0]
+    local = expert_bts.reshape(-1) - first
+    own = (local >= 0) & (local < experts)
+    group = jnp.where(own, local, experts)  # pairs of other devices come last
+    order = jnp.argsort(group)
+    size_e = jnp.sum(group[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
+    # Rows in no group: their products and gradients are undefined on some backends.
+    held = own[order][:, None]
+    rows = jnp.where(held, x_btd.reshape(b * t, d)[order // s], 0)
+    gate = jax.lax.ragged_dot(rows, w_gate_edf, size_e)
+    up = jax.lax.ragged_dot(rows, w_up_edf, size_e)
+    hidden = jnp.where(held, jax.nn.silu(gate) * up, 0)
+    out = jax.lax.ragged_dot(hidden, w_down_efd, size_e, preferred_element_type=jnp.float32)
+    out_bts = jnp.where(held, out, 0)[jnp.argsort(order)].reshape(b, t, s, d)
+    return jnp.sum(out_bts * weight_bts[..., None], axis=2)
+
+
+def router_sums(routing: Routing, counted_bt: jax.Array | None) -> RouterSums:
+    """Sums over the counted tokens of one layer."""
+    prob_bte = routing.prob_bte
+    experts = prob_bte.shape[-1]
+    every = jnp.ones(prob_bte.shape[:2], bool)
+    keep_bt1 = (every if counted_bt is None else counted_bt)[..., None]
+    weight_bt1 = keep_bt1.astype(jnp.float32)
+    chosen_bte = jnp.sum(jax.nn.one_hot(routing.expert_bts, experts, dtype=jnp.float32), axis=2)
+    entropy_bte = -prob_bte * jnp.log(jnp.maximum(prob_bte, jnp.finfo(jnp.float32).tiny))
+    return RouterSums(
+        jnp.sum(chosen_bte * weight_bt1, axis=(0, 1)),
+        jnp.sum(jnp.where(keep_bt1, prob_bte, 0), axis=(0, 1)),
+        jax.lax.stop_gradient(jnp.sum(jnp.where(keep_bt1, entropy_bte, 0))),
+        jnp.sum(weight_bt1),
+    )
+
+
+def balance_loss(sums: RouterSums) -> jax.Array:
+    """experts * sum_e(share of tokens at e * mean probability of e); experts_per_token when even.
+
+    Layers are pooled, as transformers' `load_balancing_loss_func` does.
+
+    Source: Switch Transformer, arXiv 2101.03961, equations 4 to 6.
+    """
+    tokens = jnp.maximum(jnp.sum(sums.tokens_l), 1.0)
+    share_e = jax.lax.stop_gradient(jnp.sum(sums.assigned_le, axis=0) / tokens)
+    probability_e = jnp.sum(sums.probability_le, axis=0) / tokens
+    return share_e.shape[0] * jnp.sum(share_e * probability_e)
+
+
+def router_metrics(sums: RouterSums) -> dict[str, jax.Array]:
+    """Means over layers: share of tokens at the most loaded expert, and entropy in nats."""
+    tokens_l = jnp.maximum(sums.tokens_l, 1.0)
+    load_l = jnp.max(sums.assigned_le, axis=-1) / tokens_l
+    metrics = {
+        "router_max_load": jnp.mean(load_l),
+        "router_entropy": jnp.mean(sums.entropy_l / tokens_l),
+        "router_balance": balance_loss(sums),
+    }
+    return jax.tree.map(jax.lax.stop_gradient, metrics)

@@ -1,0 +1,1 @@
+"""The rollout engine: prefill, decode, slot refill, sampling transforms."""

@@ -1,0 +1,34 @@
+"""`answer`: the teacher answers the SFT prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
+from opd_jax.stages.context import RunContext
+from opd_jax.stages.records import Json
+
+FOLDER = "answers"
+
+
+def _task(ctx: RunContext) -> SampleTask:
+    return SampleTask("answer", FOLDER, "teacher", "sft", ctx.config.answer, "answer")
+
+
+def inputs(ctx: RunContext) -> Json:
+    """What the answers depend on."""
+    return sample_inputs(ctx, _task(ctx))
+
+
+def artefacts(ctx: RunContext) -> list[Path]:
+    """What `--force` removes."""
+    return [ctx.run_dir / FOLDER]
+
+
+def run(ctx: RunContext) -> Outcome:
+    """Sample, freeze."""
+    ctx.check_models()
+    _, snapshot = sample(ctx, _task(ctx), {"kind": "answers"})
+    tokens = int(snapshot.lengths()[1].sum())
+    outputs = {"snapshot": snapshot.hash, "teacher": ctx.identity("teacher").to_json()}
+    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})

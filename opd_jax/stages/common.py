@@ -1,0 +1,135 @@
+"""What several stages do alike: sample prompts into a store, and score a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from opd_jax.config import SamplingConfig
+from opd_jax.core.distributed import barrier
+from opd_jax.core.lineage import Identity
+from opd_jax.core.progress import StageProgress
+from opd_jax.data.store import Store, create_store
+from opd_jax.data.store_pass import TeacherPass
+from opd_jax.data.store_snapshot import Snapshot
+from opd_jax.errors import DataError
+from opd_jax.sampling.collect import SamplingJob, collect, requests_for
+from opd_jax.sampling.sampler import Request
+from opd_jax.stages.context import RunContext, Split
+from opd_jax.stages.records import Json
+from opd_jax.teacher.score import Scorer
+from opd_jax.teacher.score_pass import score_snapshot
+
+
+class Outcome(NamedTuple):
+    """What a stage leaves behind: outputs for later stages, counts for people."""
+
+    outputs: Json
+    counts: Json
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as the pipeline sees it."""
+
+    name: str
+    inputs: Callable[[], Json]
+    run: Callable[[], Outcome]
+    artefacts: Callable[[], list[Path]]
+
+
+class SampleTask(NamedTuple):
+    """Which model answers which prompts, how, and where the responses go."""
+
+    stage: str
+    folder: str
+    checkpoint: str
+    split: Split
+    sampling: SamplingConfig
+    stream: str
+
+
+def sample_inputs(ctx: RunContext, task: SampleTask) -> Json:
+    """What the responses depend on."""
+    return {
+        "model": ctx.checkpoint_identity(task.checkpoint).fingerprint,
+        "prompts": ctx.prompts_fingerprint(task.split),
+        "settings": ctx.settings(task.sampling),
+        "numerics": ctx.numerics(),
+        "seed": ctx.config.seed,
+    }
+
+
+def sample(ctx: RunContext, task: SampleTask, meta: Json) -> tuple[Store, Snapshot]:
+    """Sample whatever the store does not hold yet, and freeze it."""
+    prompts = ctx.encoded_prompts(task.split)
+    requests = requests_for(prompts, task.sampling.samples_per_prompt)
+    store = _create(ctx, task, meta)
+    done = len(store.committed_keys())
+    model, params = ctx.checkpoint_model(task.checkpoint)
+    end_ids = ctx.tokenizer("student").end_ids
+    seed, flush_seconds = ctx.seed(task.stream), ctx.config.flush_seconds
+    job = SamplingJob(model, params, task.sampling, end_ids, seed, flush_seconds)
+    unit = "sampled" if task.sampling.temperature else "greedy answers"
+    with StageProgress(task.stage, len(requests), unit, done) as progress:
+        collect(job, store, requests, lambda tokens: progress.add(1, tokens))
+    snapshot = store.freeze()
+    _check_complete(snapshot, requests, task)
+    return store, snapshot
+
+
+def _create(ctx: RunContext, task: SampleTask, meta: Json) -> Store:
+    identity = ctx.checkpoint_identity(task.checkpoint)
+    content = {
+        "generator": identity.to_json(),
+        "sampling": ctx.settings(task.sampling),
+        "prompts": ctx.prompts_fingerprint(task.split),
+        "seed": ctx.config.seed,
+        **meta,
+    }
+    return create_store(ctx.run_dir / task.folder, content)
+
+
+def _check_complete(snapshot: Snapshot, requests: Sequence[Request], task: SampleTask) -> None:
+    if len(snapshot) != len(requests):
+        raise DataError(
+            f"{task.folder}: holds {len(snapshot)} records, {len(requests)} were asked for; "
+            f"--force {task.stage} samples them again"
+        )
+
+
+class ScoreTask(NamedTuple):
+    """Which teacher scores, and how."""
+
+    stage: str
+    teacher: Identity
+    top_k: int
+    batch_tokens: int
+
+
+def pass_name(task: ScoreTask) -> str:
+    """A teacher's pass is named after the teacher: two teachers never share one."""
+    return f"{task.teacher.fingerprint[:12]}-top{task.top_k}"
+
+
+def score(
+    ctx: RunContext, task: ScoreTask, store: Store, snapshot: Snapshot
+) -> tuple[TeacherPass, int]:
+    """Score whatever the pass does not hold yet; returns it, and the tokens in it."""
+    model, params = ctx.model("teacher")
+    scorer = Scorer(model, params, task.top_k, task.batch_tokens)
+    meta = {
+        "teacher": task.teacher.to_json(),
+        "top_k": task.top_k,
+        "snapshot": snapshot.hash,
+        "compute_dtype": ctx.compute_dtype,
+    }
+    scores = store.create_pass(pass_name(task), meta)
+    done = len(scores.committed_records(snapshot))
+    with StageProgress(task.stage, len(snapshot), "scored", done) as progress:
+        on_batch: Callable[[int, int], None] = progress.add
+        score_snapshot(scorer, snapshot, scores, on_batch, ctx.config.flush_seconds)
+    barrier("scored")
+    return scores, int(snapshot.lengths()[1].sum())

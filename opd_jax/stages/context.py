@@ -1,0 +1,226 @@
+"""What every stage is handed: the config, the mesh, the models and the run folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from opd_jax.config import Config
+from opd_jax.core.distributed import from_first
+from opd_jax.core.lineage import Identity, fingerprint_json, fingerprint_params
+from opd_jax.core.rng import stable_hash
+from opd_jax.data.prompts import Prompt, load_prompts
+from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from opd_jax.errors import DataError
+from opd_jax.model.architecture import Architecture
+from opd_jax.model.load import architecture_of, read_model
+from opd_jax.model.transformer import LanguageModel, Params
+from opd_jax.stages.records import Json, StageRecords, read_json, write_json
+from opd_jax.teacher.consistency import check_same_tokenizer, check_vocabulary_rows
+from opd_jax.train import checkpoint
+
+Role = Literal["student", "teacher"]
+Split = Literal["sft", "opd", "eval"]
+EncodedPrompt = tuple[str, list[int]]
+NOT_INPUTS = frozenset({"slots", "save_every", "micro_batch_size", "batch_tokens"})
+"""Config keys that change how fast a result is there, not what it is."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run on one mesh."""
+
+    config: Config
+    run_dir: Path
+    mesh: Mesh
+    records: StageRecords
+    _cache: dict[Any, Any] = field(default_factory=dict)
+
+    def settings(self, node: Any) -> Json:
+        """A config node as a stage's input."""
+        return {k: v for k, v in node.model_dump(mode="json").items() if k not in NOT_INPUTS}
+
+    def seed(self, stream: str) -> int:
+        """A seed of its own for every purpose."""
+        return stable_hash(f"{self.config.seed}/{stream}")
+
+    def path(self, role: Role) -> str:
+        """Where a model is read from."""
+        return self.config.model.student if role == "student" else self.config.model.teacher
+
+    @functools.cached_property
+    def compute_dtype(self) -> str:
+        """`auto` resolved: bfloat16 on accelerators, float32 on CPU."""
+        wanted = self.config.model.compute_dtype
+        if wanted != "auto":
+            return wanted
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def numerics(self) -> Json:
+        """The precisions, as inputs of every stage that runs a model."""
+        return {"param_dtype": self.config.model.param_dtype, "compute_dtype": self.compute_dtype}
+
+    def program(self, role: Role) -> LanguageModel:
+        """A model of the config without its parameters."""
+        arch = architecture_of(self.path(role))
+        config = self.config.model
+        return LanguageModel(arch, self.compute_dtype, config.remat, self.mesh, config.attention)
+
+    def check_models(self) -> None:
+        """Raises ConsistencyError unless ids mean the same to teacher and student."""
+        check_same_tokenizer(self.identity("student"), self.identity("teacher"))
+        teacher, student = self.program("teacher").arch, self.program("student").arch
+        check_vocabulary_rows(
+            (self.path("teacher"), teacher.vocab_size), (self.path("student"), student.vocab_size)
+        )
+
+    def model(self, role: Role) -> tuple[LanguageModel, Params]:
+        """A model of the config with its parameters; kept for the next stage that asks."""
+        key = ("model", role)
+        if key not in self._cache:
+            config = self.config.model
+            self._cache[key] = read_model(
+                self.path(role),
+                config.param_dtype,
+                self.compute_dtype,
+                config.remat,
+                self.mesh,
+                config.attention,
+            )
+            rows = self._cache[key][0].arch.vocab_size
+            self.tokenizer(role).check_vocabulary(rows, self.path(role))
+        return self._cache[key]
+
+    def release_models(self) -> None:
+        """Let go of the models' memory between two stages."""
+        for key in [key for key in self._cache if key[0] == "model"]:
+            del self._cache[key]
+
+    def tokenizer(self, role: Role = "student") -> Tokenizer:
+        """The tokenizer that belongs to a model of the config."""
+        key = ("tokenizer", role)
+        if key not in self._cache:
+            self._cache[key] = load_tokenizer(self.path(role))
+        return self._cache[key]
+
+    def identity(self, role: Role) -> Identity:
+        """Who a model of the config is. Weights are read once per change of their files."""
+        key, path = ("identity", role), self.path(role)
+        if key not in self._cache:
+            self._cache[key] = Identity(
+                path,
+                self._weights_fingerprint(role),
+                architecture_fingerprint(architecture_of(path)),
+                self.tokenizer(role).fingerprint,
+            )
+        return self._cache[key]
+
+    def _weights_fingerprint(self, role: Role) -> str:
+        path, cache_file = self.path(role), self.run_dir / "fingerprints.json"
+        cache, stamp = read_json(cache_file) or {}, _stamp(path)
+        known = cache.get(path, {"stamp": None, "weights": ""})
+        # Process 0 decides for all: computing the fingerprint is a collective operation.
+        weights = from_first(known["weights"] if known["stamp"] == stamp else "")
+        if not weights:
+            weights = fingerprint_params(self.model(role)[1])
+            write_json(cache_file, {**cache, path: {"stamp": stamp, "weights": weights}})
+        return weights
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """The prompts of a split."""
+        config = self.config.prompts
+        return load_prompts(getattr(config, split), getattr(config, f"{split}_limit"))
+
+    def prompts_fingerprint(self, split: Split) -> str:
+        """Changes with any prompt, its order aside, and with how prompts are rendered."""
+        config = self.config.prompts
+        rows = sorted((p.id, list(p.messages), p.answer) for p in self.prompts(split))
+        return fingerprint_json([rows, config.system, config.enable_thinking])
+
+    def encoded_prompts(self, split: Split) -> list[EncodedPrompt]:
+        """(id, token ids) of every prompt of a split, rendered with the student's chat template.
+
+        Raises:
+            DataError: a prompt is longer than the config or the model allows.
+        """
+        config = self.config.prompts
+        tokenizer = self.tokenizer("student")
+        rows = []
+        for prompt in self.prompts(split):
+            ids = tokenizer.encode_chat(prompt.messages, config.enable_thinking, config.system)
+            if len(ids) > config.max_prompt_tokens:
+                raise DataError(
+                    f"{getattr(config, split)}: prompt '{prompt.id}' has {len(ids)} tokens, more "
+                    f"than prompts.max_prompt_tokens={config.max_prompt_tokens}; shorten it or "
+                    "raise the limit"
+                )
+            rows.append((prompt.id, ids))
+        return rows
+
+    def checkpoint_dir(self, name: str) -> Path:
+        """Where a training run keeps its state, its final model and its lineage."""
+        return self.run_dir / "checkpoints" / name
+
+    def save_model(self, name: str, params: Params, lineage: Json) -> Identity:
+        """Keep a trained model's parameters with their lineage; returns who it is."""
+        model = self.program("student")
+        identity = Identity(
+            f"checkpoint {name}",
+            fingerprint_params(params),
+            architecture_fingerprint(model.arch),
+            self.tokenizer("student").fingerprint,
+        )
+        folder = self.checkpoint_dir(name)
+        checkpoint.save(folder / "model", 0, params, {"identity": identity.to_json()}, keep=1)
+        write_json(folder / "lineage.json", {"model": identity.to_json(), **lineage})
+        return identity
+
+    def trained(self, name: str) -> tuple[LanguageModel, Params]:
+        """A trained model with its parameters, digests verified."""
+        model = self.program("student")
+        abstract = model.abstract(self.config.model.param_dtype)
+        params, _, _ = checkpoint.restore(self.checkpoint_dir(name) / "model", None, abstract)
+        return model, params
+
+    def lineage(self, name: str) -> Json:
+        """The lineage of a trained model.
+
+        Raises:
+            DataError: it is missing.
+        """
+        path = self.checkpoint_dir(name) / "lineage.json"
+        lineage = read_json(path)
+        if lineage is None:
+            raise DataError(f"{path}: missing lineage; redo its stage with --force")
+        return lineage
+
+    def checkpoint_model(self, name: str) -> tuple[LanguageModel, Params]:
+        """A model by the name it has in the results: `base`, `teacher` or a trained one."""
+        if name in ("base", "teacher"):
+            return self.model("student" if name == "base" else "teacher")
+        return self.trained(name)
+
+    def checkpoint_identity(self, name: str) -> Identity:
+        """Who the model of that name is."""
+        if name in ("base", "teacher"):
+            return self.identity("student" if name == "base" else "teacher")
+        return Identity.from_json(self.lineage(name)["model"])
+
+
+def architecture_fingerprint(arch: Architecture) -> str:
+    """Fingerprint of sizes and switches."""
+    return fingerprint_json(asdict(arch))
+
+
+def _stamp(path: str) -> str:
+    """Changes when a model's files do: names, sizes and times, not contents."""
+    root = Path(path)
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()

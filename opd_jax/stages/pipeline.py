@@ -1,0 +1,272 @@
+"""The stages in their order: what is done is skipped, what changed is refused, the rest is run."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from opd_jax.config import Config, LoopConfig, SamplingConfig
+from opd_jax.config_load import dump_config
+from opd_jax.core.distributed import barrier, is_first
+from opd_jax.core.mesh import axis_size, make_mesh
+from opd_jax.core.progress import say, stage_line
+from opd_jax.core.run_lock import run_lock
+from opd_jax.errors import ConfigError, DataError
+from opd_jax.report.page import build_report
+from opd_jax.report.terminal import print_results
+from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
+from opd_jax.stages.common import Stage
+from opd_jax.stages.context import RunContext
+from opd_jax.stages.records import Json, StageRecords
+from opd_jax.stages.summary import write_summary
+
+PARTS = ("inputs", "run", "artefacts")
+TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
+
+
+def stages_of(ctx: RunContext) -> list[Stage]:
+    """All stages of a config, in order; `report` comes after them and is always made anew."""
+    single = {"answer": answer, "sft": sft, "rollout": rollout, "score": score}
+
+    def plain(name: str) -> Stage:
+        module = single[name]
+        return Stage(
+            name,
+            partial(module.inputs, ctx),
+            partial(module.run, ctx),
+            partial(module.artefacts, ctx),
+        )
+
+    def named(module: object, kind: str, name: str) -> Stage:
+        parts = (
+            partial(getattr(module, part), ctx, name) for part in ("inputs", "run", "artefacts")
+        )
+        return Stage(f"{kind}.{name}", *parts)
+
+    return [
+        *(plain(name) for name in ("answer", "sft", "rollout", "score")),
+        *(named(train, "train", name) for name in ctx.config.train.enabled),
+        *(named(evaluate, "evaluate", name) for name in evaluate.names(ctx)),
+        *(named(export, "export", name) for name in ctx.config.train.enabled),
+    ]
+
+
+def run(
+    config: Config, *, stages: Sequence[str] | None, force: Sequence[str], plan_only: bool
+) -> None:
+    """Run a config's stages.
+
+    Args:
+        stages: names to run (`train` means every `train.NAME`); `None`: all.
+        force: stages to redo, complete or not.
+        plan_only: print what is done and what is not, and stop.
+
+    Raises:
+        OPDError: as its message says.
+    """
+    ctx = open_run(config, writable=not plan_only)
+    all_stages = stages_of(ctx)
+    names = [stage.name for stage in all_stages]
+    chosen = _select(names, stages, "--stages")
+    forced = _select(names, force, "--force") if force else []
+    outside = [name for name in forced if name not in chosen]
+    if outside:
+        raise ConfigError(f"--force {outside[0]} is outside --stages; name it there too")
+    if plan_only:
+        plan.print_plan(ctx, all_stages, chosen, forced)
+        return
+    with run_lock(ctx.run_dir):
+        say(f"run_dir {_shown(ctx.run_dir)}, {_devices()}")
+        _check_prompts(ctx)
+        for stage in all_stages:
+            if stage.name in forced:
+                ctx.records.forget(stage.name, stage.artefacts())
+            barrier(stage.name)
+            if stage.name in chosen:
+                _run_stage(ctx, stage)
+                ctx.release_models()
+        _report(ctx, names, tables=stages is None or "report" in stages)
+
+
+def open_run(config: Config, writable: bool = True) -> RunContext:
+    """The context of a config; makes the run folder unless nothing is to be written.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the mesh does not fit the devices.
+    """
+    run_dir = Path(config.run_dir)
+    if writable:
+        _make_folder(run_dir)
+    mesh = make_mesh(config.mesh)
+    _check_batches(config, axis_size(mesh, "batch"))
+    return RunContext(config, run_dir, mesh, StageRecords(run_dir))
+
+
+def _make_folder(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".write-{jax.process_index()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir '{run_dir}' cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _check_batches(config: Config, ways: int) -> None:
+    """Every forward pass of training must be divisible over the devices."""
+    loops = {"sft": config.sft}
+    loops |= {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
+    for key, loop in loops.items():
+        field = "batch_size" if loop.micro_batch_size is None else "micro_batch_size"
+        rows = getattr(loop, field)
+        if rows % ways:
+            raise ConfigError(
+                f"{key}.{field}={rows} is not divisible over {ways} devices (mesh.data x "
+                "mesh.fsdp x mesh.expert); change it, or the mesh"
+            )
+
+
+def _check_prompts(ctx: RunContext) -> None:
+    """What is wrong with a prompt file, or too little in it, is said before hours of work."""
+    config = ctx.config
+    _check_enough(len(ctx.encoded_prompts("sft")), config.answer, {"sft": config.sft})
+    runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
+    stored = {key: run for key, run in runs.items() if run.algorithm == "lightning_opd"}
+    _check_enough(len(ctx.encoded_prompts("opd")), config.rollout, stored)
+    ctx.encoded_prompts("eval")
+    prompts = ctx.prompts("eval")
+    missing = [prompt.id for prompt in prompts if prompt.answer is None]
+    if missing and ctx.config.evaluate.grader != "none":
+        raise DataError(
+            f"{ctx.config.prompts.eval}: prompt '{missing[0]}' has no answer to grade with "
+            f"({len(missing)} like it); add 'answer', or set evaluate.grader=none"
+        )
+
+
+def _check_enough(prompts: int, sampling: SamplingConfig, loops: Mapping[str, LoopConfig]) -> None:
+    """A batch takes different records, and SFT packs several of them into a row."""
+    records = prompts * sampling.samples_per_prompt
+    for key, loop in loops.items():
+        if records < loop.batch_size:
+            raise ConfigError(
+                f"{key}.batch_size={loop.batch_size} is more than the {records} samples of "
+                f"{prompts} prompts; lower it, or add prompts or samples_per_prompt"
+            )
+
+
+def _write_config(ctx: RunContext) -> None:
+    if is_first():
+        partial_file = ctx.run_dir / ".config.yaml.tmp"
+        partial_file.write_text(dump_config(ctx.config), encoding="utf-8")
+        partial_file.replace(ctx.run_dir / "config.yaml")
+
+
+def _select(names: Sequence[str], wanted: Sequence[str] | None, flag: str) -> list[str]:
+    if wanted is None:
+        return list(names)
+    kinds = {*names, *(name.split(".")[0] for name in names), "report"}
+    for name in wanted:
+        if name not in kinds:
+            raise ConfigError(f"{flag} {name}: no such stage; there are {', '.join(names)}, report")
+    return [name for name in names if name in wanted or name.split(".")[0] in wanted]
+
+
+def _run_stage(ctx: RunContext, stage: Stage) -> None:
+    inputs = stage.inputs()
+    here = [path.exists() for path in stage.artefacts()]
+    if not any(here):
+        ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
+    barrier(f"inputs of {stage.name}")
+    ctx.records.check_inputs(stage.name, inputs)
+    record = ctx.records.done(stage.name)
+    if record is not None and all(here):
+        say(stage_line(stage.name, f"done before, in {record['seconds']:.1f} s"))
+        return
+    barrier(f"start of {stage.name}")
+    _write_config(ctx)
+    with _timed(ctx, stage.name, inputs) as elapsed:
+        outcome = stage.run()
+        seconds = elapsed()
+    barrier(f"end of {stage.name}")
+    ctx.records.finish(
+        stage.name,
+        {
+            "inputs": inputs,
+            "outputs": outcome.outputs,
+            "counts": outcome.counts,
+            "seconds": round(seconds, 3),
+            "device_seconds": round(seconds * ctx.mesh.size, 3),
+            "peak_host_gib": peak_host_gib(),
+        },
+    )
+
+
+def peak_host_gib() -> float:
+    """The largest resident memory of this process so far; earlier stages count."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+@contextlib.contextmanager
+def _timed(ctx: RunContext, name: str, inputs: Json) -> Iterator[Callable[[], float]]:
+    """The seconds a stage has taken, interrupted tries included; noted on disk as they pass."""
+    earlier = ctx.records.start(name, inputs)
+    began = time.monotonic()
+    over = threading.Event()
+
+    def elapsed() -> float:
+        return earlier + time.monotonic() - began
+
+    def note() -> None:
+        while not over.wait(TICK_SECONDS):
+            ctx.records.tick(name, inputs, elapsed())
+
+    thread = threading.Thread(target=note, daemon=True)
+    thread.start()
+    try:
+        yield elapsed
+    except BaseException:
+        ctx.records.tick(name, inputs, elapsed())
+        raise
+    finally:
+        over.set()
+        thread.join()
+
+
+def _report(ctx: RunContext, names: list[str], *, tables: bool) -> None:
+    """Summary and page are made anew every time; the tables are for a run that asked for them."""
+    summary = write_summary(ctx, names)
+    if not is_first():
+        return
+    page = build_report(ctx.run_dir)
+    if tables:
+        print_results(summary)
+    models = [
+        _shown(folder)
+        for name in ctx.config.train.enabled
+        for folder in export.artefacts(ctx, name)
+        if ctx.records.done(f"export.{name}")
+    ]
+    if models:
+        say(f"models: {', '.join(models)}")
+    say(f"report: {_shown(page)}")
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _devices() -> str:
+    device, count = jax.devices()[0], jax.device_count()
+    kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
+    return f"{count} {device.platform} device{'s' if count > 1 else ''}{kind}"

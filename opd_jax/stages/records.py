@@ -1,0 +1,147 @@
+"""What is known of a stage on disk: what it was started with, what it cost, how it ended.
+
+`stages/NAME.json` is written last. `stages/NAME.started.json` holds the inputs of a stage that is
+under way and the seconds that earlier, interrupted runs of it took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+from opd_jax.core.distributed import is_first
+from opd_jax.errors import DataError, StageError
+
+Json = dict[str, Any]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one rename; process 0 alone does."""
+    if not is_first():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{threading.get_ident()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Json | None:
+    """A JSON file, `None` where there is none.
+
+    Raises:
+        DataError: it is there but cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{path}: broken JSON ({error}); delete it to redo that stage") from error
+
+
+class StageRecords:
+    """The `stages/` folder of a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "stages"
+
+    def _final(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _started(self, name: str) -> Path:
+        return self.folder / f"{name}.started.json"
+
+    def done(self, name: str) -> Json | None:
+        """The record of a completed stage."""
+        return read_json(self._final(name))
+
+    def started(self, name: str) -> Json | None:
+        """What a stage under way was started with."""
+        return read_json(self._started(name))
+
+    def outputs(self, name: str, needed_by: str) -> Json:
+        """The outputs of a completed stage.
+
+        Raises:
+            StageError: it is not complete.
+        """
+        record = self.done(name)
+        if record is None:
+            raise StageError(
+                f"stage '{needed_by}' needs stage '{name}', which is not complete; run it first "
+                f"(leave out --stages, or add {name.split('.', maxsplit=1)[0]} to it)"
+            )
+        return record["outputs"]
+
+    def check_inputs(self, name: str, inputs: Json) -> None:
+        """Raises StageError if the stage, complete or under way, was started with other inputs."""
+        record = self.done(name) or self.started(name)
+        if record is None:
+            return
+        changed = [
+            f"{key} changed from {old} to {new}" for key, old, new in self.changes(record, inputs)
+        ]
+        if changed:
+            raise StageError(
+                f"stage '{name}': {'; '.join(changed)} since it ran; --force {name} redoes it, "
+                "another run_dir keeps it"
+            )
+
+    @staticmethod
+    def changes(record: Json, inputs: Json) -> list[tuple[str, str, str]]:
+        """(dotted key, old value, new value) wherever a record's inputs and these differ."""
+        return _differences(record["inputs"], json.loads(json.dumps(inputs)))
+
+    def start(self, name: str, inputs: Json) -> float:
+        """Note the inputs of a stage that begins; returns the seconds that earlier tries took."""
+        earlier = self.started(name)
+        seconds = 0.0 if earlier is None else float(earlier["seconds"])
+        self.tick(name, inputs, seconds)
+        return seconds
+
+    def drop_started(self, name: str) -> None:
+        """Forget that a stage was under way."""
+        if is_first():
+            self._started(name).unlink(missing_ok=True)
+
+    def tick(self, name: str, inputs: Json, seconds: float) -> None:
+        """Note how long the stage has taken so far."""
+        write_json(self._started(name), {"inputs": inputs, "seconds": round(seconds, 3)})
+
+    def finish(self, name: str, record: Json) -> None:
+        """Mark the stage complete."""
+        write_json(self._final(name), record)
+        if is_first():
+            self._started(name).unlink(missing_ok=True)
+
+    def forget(self, name: str, artefacts: list[Path]) -> None:
+        """Remove what a stage wrote, then its record. Each folder leaves in one rename."""
+        if not is_first():
+            return
+        for path in artefacts:
+            if path.is_dir():
+                doomed = path.with_name(f".{path.name}.removed")
+                shutil.rmtree(doomed, ignore_errors=True)
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+        self._final(name).unlink(missing_ok=True)
+        self._started(name).unlink(missing_ok=True)
+
+
+def _differences(old: Any, new: Any, at: str = "") -> list[tuple[str, str, str]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[tuple[str, str, str]] = []
+        for key in sorted({*old, *new}):
+            where = f"{at}.{key}" if at else key
+            found += _differences(old.get(key), new.get(key), where)
+        return found
+    return [] if old == new else [(at, _short(old), _short(new))]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

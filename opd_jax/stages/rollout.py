@@ -1,0 +1,35 @@
+"""`rollout`: the student after SFT answers the OPD prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
+from opd_jax.stages.context import RunContext
+from opd_jax.stages.records import Json
+
+FOLDER = "rollouts"
+
+
+def _task(ctx: RunContext) -> SampleTask:
+    return SampleTask("rollout", FOLDER, "sft", "opd", ctx.config.rollout, "rollout")
+
+
+def inputs(ctx: RunContext) -> Json:
+    """What the rollouts depend on."""
+    ctx.records.outputs("sft", "rollout")
+    return sample_inputs(ctx, _task(ctx))
+
+
+def artefacts(ctx: RunContext) -> list[Path]:
+    """What `--force` removes."""
+    return [ctx.run_dir / FOLDER]
+
+
+def run(ctx: RunContext) -> Outcome:
+    """Sample, freeze, and pass on who wrote the student's SFT answers."""
+    meta = {"kind": "rollouts", "sft_teacher": ctx.lineage("sft")["sft_teacher"]}
+    _, snapshot = sample(ctx, _task(ctx), meta)
+    tokens = int(snapshot.lengths()[1].sum())
+    outputs = {"snapshot": snapshot.hash, "student": ctx.checkpoint_identity("sft").to_json()}
+    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})

@@ -1,0 +1,48 @@
+"""`sft`: the base student learns from the teacher's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd_jax.core.lineage import Identity
+from opd_jax.stages.common import Outcome
+from opd_jax.stages.context import RunContext
+from opd_jax.stages.records import Json
+from opd_jax.stages.training import TrainTask, answer_source, train
+from opd_jax.teacher.consistency import check_same_tokenizer
+from opd_jax.train.step import Objective
+
+NAME = "sft"
+
+
+def inputs(ctx: RunContext) -> Json:
+    """What the student depends on."""
+    return {
+        "answers": ctx.records.outputs("answer", NAME)["snapshot"],
+        "student": ctx.identity("student").fingerprint,
+        "settings": ctx.settings(ctx.config.sft),
+        "numerics": ctx.numerics(),
+        "seed": ctx.config.seed,
+    }
+
+
+def artefacts(ctx: RunContext) -> list[Path]:
+    """What `--force` removes."""
+    return [ctx.checkpoint_dir(NAME)]
+
+
+def run(ctx: RunContext) -> Outcome:
+    """Train, and record which teacher wrote the answers."""
+    answer = ctx.records.outputs("answer", NAME)
+    teacher = Identity.from_json(answer["teacher"])
+    check_same_tokenizer(ctx.identity("student"), teacher)
+    lineage = {
+        "base": ctx.identity("student").to_json(),
+        "sft_teacher": teacher.to_json(),
+        "answers": answer["snapshot"],
+    }
+    objective = Objective("sft", router_balance=ctx.config.sft.router_balance)
+    task = TrainTask(NAME, NAME, objective, ctx.config.sft, inputs(ctx))
+    source = answer_source(ctx, task.loop, NAME, NAME)
+    identity, counts = train(ctx, task, ctx.model("student")[1], source, lineage)
+    return Outcome({"model": identity.to_json()}, counts)

@@ -1,0 +1,138 @@
+"""`train.NAME`: one run of `train.runs`, from the student after SFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from opd_jax.config import TrainRun
+from opd_jax.core.lineage import Identity
+from opd_jax.data.store import Store, open_store
+from opd_jax.data.store_pass import TeacherPass
+from opd_jax.stages.common import Outcome
+from opd_jax.stages.context import RunContext
+from opd_jax.stages.records import Json
+from opd_jax.stages.training import TrainTask, answer_source, train
+from opd_jax.teacher.consistency import check_same_model, check_same_tokenizer, check_teacher
+from opd_jax.teacher.score import Scorer
+from opd_jax.train.loop import Source
+from opd_jax.train.sources import LiveTeacher, offline_source, online_source, support_size
+from opd_jax.train.step import Objective
+
+
+def inputs(ctx: RunContext, name: str) -> Json:
+    """What a run depends on."""
+    stage, run = f"train.{name}", ctx.config.train.runs[name]
+    ctx.records.outputs("sft", stage)
+    shared = {
+        "student": ctx.checkpoint_identity("sft").fingerprint,
+        "settings": ctx.settings(run),
+        "numerics": ctx.numerics(),
+        "seed": ctx.config.seed,
+    }
+    if run.algorithm == "lightning_opd":
+        scored = ctx.records.outputs("score", stage)
+        rollouts = ctx.records.outputs("rollout", stage)["snapshot"]
+        return {**shared, "rollouts": rollouts, "scores": scored["pass"]}
+    if run.algorithm == "opd":
+        return {
+            **shared,
+            "teacher": ctx.identity("teacher").fingerprint,
+            "prompts": ctx.prompts_fingerprint("opd"),
+            "rollout": ctx.settings(ctx.config.rollout),
+            "top_k": ctx.config.score.top_k,
+        }
+    answers = ctx.records.outputs("answer", stage)["snapshot"]
+    return {**shared, "answers": answers, "row_tokens": ctx.config.sft.row_tokens}
+
+
+def artefacts(ctx: RunContext, name: str) -> list[Path]:
+    """What `--force` removes."""
+    return [ctx.checkpoint_dir(name)]
+
+
+class Prepared(NamedTuple):
+    """Batches, and who scored them."""
+
+    source: Source
+    lineage: Json
+
+
+def run(ctx: RunContext, name: str) -> Outcome:
+    """Check the lineage, then train."""
+    config = ctx.config.train.runs[name]
+    makers = {"lightning_opd": _offline, "opd": _online, "sft": _control}
+    prepared = makers[config.algorithm](ctx, name, config)
+    kind = "sft" if config.algorithm == "sft" else config.objective
+    objective = Objective(kind, config.tau, config.tail, config.router_balance)
+    lineage = {
+        "student": ctx.lineage("sft"),
+        "algorithm": config.algorithm,
+        "objective": kind,
+        **prepared.lineage,
+    }
+    task = TrainTask(f"train.{name}", name, objective, config, inputs(ctx, name))
+    _, params = ctx.trained("sft")
+    identity, counts = train(ctx, task, params, prepared.source, lineage)
+    return Outcome({"model": identity.to_json(), **prepared.lineage}, counts)
+
+
+def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
+    stage = f"train.{name}"
+    store = open_store(ctx.run_dir / "rollouts")
+    snapshot = store.open_snapshot(ctx.records.outputs("rollout", stage)["snapshot"])
+    scores = store.open_pass(ctx.records.outputs("score", stage)["pass"])
+    lineage = _check_lineage(ctx, store, scores)
+    support = 0
+    if config.objective == "topk":
+        support = support_size(scores.meta["top_k"], config.support)
+    source = offline_source(snapshot, scores, support, config.batch_size, ctx.seed("train"))
+    return Prepared(source, {**lineage, "rollouts": snapshot.hash})
+
+
+def _check_lineage(ctx: RunContext, store: Store, scores: TeacherPass) -> Json:
+    """Rollouts by this student, scores by the teacher that wrote its SFT answers."""
+    student = ctx.checkpoint_identity("sft")
+    rolled = Identity.from_json(store.meta["generator"])
+    check_same_model(student, rolled, "the student of the rollouts", "rollouts/dataset.json")
+    wrote = Identity.from_json(ctx.lineage("sft")["sft_teacher"])
+    scored = Identity.from_json(scores.meta["teacher"])
+    check_same_tokenizer(student, scored)
+    mismatch = check_teacher(
+        wrote,
+        "checkpoints/sft/lineage.json",
+        scored,
+        "the teacher pass in rollouts/",
+        allow=ctx.config.teacher.allow_mismatch,
+    )
+    return {"teacher": scored.to_json(), "teacher_mismatch": mismatch}
+
+
+def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
+    wrote = Identity.from_json(ctx.lineage("sft")["sft_teacher"])
+    live = ctx.identity("teacher")
+    check_same_tokenizer(ctx.checkpoint_identity("sft"), live)
+    allow = ctx.config.teacher.allow_mismatch
+    mismatch = check_teacher(
+        wrote, "checkpoints/sft/lineage.json", live, "model.teacher", allow=allow
+    )
+    support = 0
+    if config.objective == "topk":
+        support = support_size(ctx.config.score.top_k, config.support)
+    ctx.check_models()
+    teacher_model, teacher_params = ctx.model("teacher")
+    teacher = LiveTeacher(
+        model=ctx.program("student"),
+        scorer=Scorer(teacher_model, teacher_params, support),
+        prompts=sorted(ctx.encoded_prompts("opd")),  # a snapshot's order
+        sampling=ctx.config.rollout,
+        end_ids=ctx.tokenizer("student").end_ids,
+        seed=ctx.seed("train"),
+    )
+    source = online_source(teacher, support, config)
+    return Prepared(source, {"teacher": live.to_json(), "teacher_mismatch": mismatch})
+
+
+def _control(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
+    source = answer_source(ctx, config, f"train.{name}", "control")
+    return Prepared(source, {"teacher": ctx.lineage("sft")["sft_teacher"]})

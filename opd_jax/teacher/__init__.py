@@ -1,0 +1,1 @@
+"""Scoring stored responses with a teacher, and the consistency check."""

@@ -1,0 +1,1 @@
+"""Optimizer, train state, train step, checkpoints and the loop."""

@@ -1,0 +1,192 @@
+"""Checkpoints: Orbax writes the arrays, a digest of every file is written last.
+
+    <directory>/<step>/state/            Orbax's files
+    <directory>/<step>/complete.json     sha256 of each, every leaf's shape, the caller's meta
+
+A step without `complete.json` was cut off: it is ignored, and removed by the next save. Orbax has
+no checksum of array data, so `restore` compares every file with its digest before it uses a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from opd_jax.data.store_files import StoreFiles
+from opd_jax.errors import DataError
+
+COMPLETE = "complete.json"
+
+
+def save(
+    directory: str | os.PathLike[str],
+    step: int,
+    tree: Any,
+    meta: dict[str, Any],
+    keep: int | None = None,
+) -> None:
+    """Saves one step and returns when it is complete. Called by every process.
+
+    Args:
+        tree: any pytree of arrays.
+        meta: JSON values that `restore` gives back.
+        keep: how many complete steps stay; `None` keeps all.
+
+    Raises:
+        DataError: the directory cannot be written.
+    """
+    folder = _step_folder(directory, step)
+    try:
+        if jax.process_index() == 0:
+            _remove_step(folder)
+        _barrier(f"checkpoint {step} begins")
+        ocp.save(str(folder / "state"), tree)
+    except OSError as error:
+        repair = "free space or choose another run_dir"
+        raise DataError(f"{folder}: cannot be written ({_one_line(error)}); {repair}") from error
+    _barrier(f"checkpoint {step} is written")
+    if jax.process_index() == 0:
+        body = {"step": step, "meta": meta, "tree": _leaves(tree), "files": _digests(folder)}
+        StoreFiles(folder).write_document(COMPLETE, body)
+        _prune(Path(directory), keep)
+    _barrier(f"checkpoint {step} is complete")
+
+
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
+    """The newest complete step, `None` where there is none."""
+    steps = complete_steps(directory)
+    return steps[-1] if steps else None
+
+
+def complete_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """All complete steps, oldest first."""
+    return sorted(int(found.parent.name) for found in Path(directory).glob(f"[0-9]*/{COMPLETE}"))
+
+
+def restore(
+    directory: str | os.PathLike[str], step: int | None, abstract_tree: Any
+) -> tuple[Any, dict[str, Any], int]:
+    """Restores one step, the newest when `step` is `None`. Called by every process.
+
+    Args:
+        abstract_tree: `jax.ShapeDtypeStruct` leaves; their shardings may be on another mesh.
+
+    Returns:
+        The tree, bit for bit as it was saved, the meta and the step.
+
+    Raises:
+        DataError: there is no such step, a file is damaged, or it holds another tree.
+    """
+    steps = complete_steps(directory)
+    wanted = steps[-1] if step is None and steps else step
+    if wanted is None or wanted not in steps:
+        sought = "checkpoint" if step is None else f"checkpoint of step {step}"
+        have = f"complete are {steps}" if steps else "run the stage that writes it first"
+        raise DataError(f"{os.path.abspath(directory)}: no {sought}; {have}")
+    folder = _step_folder(directory, wanted)
+    older = [other for other in steps if other < wanted]
+    go_on = f"go on from step {older[-1]}" if older else "begin again"
+    document = _verified(folder, f"delete {folder} to {go_on}")
+    _same_leaves(folder, document["tree"], _leaves(abstract_tree))
+    tree = ocp.load(str(folder / "state"), abstract_tree)
+    return tree, document["meta"], wanted
+
+
+def _step_folder(directory: str | os.PathLike[str], step: int) -> Path:
+    return Path(os.path.abspath(directory)) / f"{step:08d}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _remove_step(folder: Path) -> None:
+    """Takes the mark away first: a kill in between leaves an incomplete step, not a broken one."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prune(directory: Path, keep: int | None) -> None:
+    """Removes what was cut off, and complete steps beyond the newest `keep`."""
+    steps = complete_steps(directory)
+    kept = {f"{step:08d}" for step in (steps if keep is None else steps[-keep:])}
+    for folder in directory.glob("[0-9]*"):
+        if folder.name not in kept:
+            _remove_step(folder)
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Each leaf's name with its type and shape, as in `{"params/lm_head": "float32[64,512]"}`."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{np.dtype(leaf.dtype).name}[{','.join(str(size) for size in leaf.shape)}]"
+        )
+        for path, leaf in named
+    }
+
+
+def _same_leaves(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    """Orbax would find a difference too, but only halfway, with its other reads under way."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        have, want = saved.get(name, "nothing"), wanted.get(name, "nothing")
+        if have != want:
+            raise DataError(
+                f"{folder}: holds another tree than this config makes ({name}: {have} there,"
+                f" {want} here); use the config it was written with, or another run_dir"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+
+
+def _verified(folder: Path, repair: str) -> dict[str, Any]:
+    """The step's document, once every file has been compared, each process doing a share.
+
+    Raises:
+        DataError: on every process, when one found damage.
+    """
+    problem = ""
+    document: dict[str, Any] = {}
+    try:
+        document = StoreFiles(folder).read_document(COMPLETE, repair)
+        names = sorted(document["files"])[jax.process_index() :: jax.process_count()]
+        _compare(folder, {name: document["files"][name] for name in names}, repair)
+    except DataError as error:
+        problem = str(error)
+    if jax.process_count() > 1:
+        bad = multihost_utils.process_allgather(np.array(bool(problem)))
+        if bad.any() and not problem:
+            problem = f"{folder}: process {int(bad.argmax())} found damage; {repair}"
+    if problem:
+        raise DataError(problem)
+    return document
+
+
+def _compare(folder: Path, digests: dict[str, str], repair: str) -> None:
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: file is missing from checkpoint {folder.name}; {repair}")
+        if _sha256(path) != digest:
+            raise DataError(f"{path}: damaged, its digest does not match; {repair}")

@@ -1,0 +1,211 @@
+"""The train step: pure, jitted in one place, with named shardings and donated state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opd_jax.algo.logprobs import chosen_logprobs
+from opd_jax.algo.losses import Loss, diagnostics, sampled_opd, sft_loss, topk_reverse_kl
+from opd_jax.core.mesh import batch_sharding, replicated
+from opd_jax.errors import ConfigError
+from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
+from opd_jax.model.transformer import LanguageModel, Params
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    params: Any
+    opt_state: Any
+    step: Any
+
+
+class Objective(NamedTuple):
+    """Which loss, with its constants. Hashable."""
+
+    kind: Literal["sft", "sampled", "topk"]
+    tau: float = 10.0
+    tail: bool = False
+    router_balance: float = 0.0
+
+
+Batch = dict[str, jax.Array]
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def batch_loss(model: LanguageModel, objective: Objective, params: Params, batch: Batch) -> Loss:
+    """One fused forward: hidden states, log-probs of what the objective needs, the loss.
+
+    Args:
+        batch: as `data.collate` makes it.
+    """
+    out = model.forward(
+        params,
+        batch["input_bt"],
+        batch["positions_bt"],
+        batch.get("segments_bt"),
+        _counted(batch) if model.arch.sparse_layers else None,
+    )
+    loss = _token_loss(model, objective, params, batch, out.hidden_btd)
+    return loss if out.router is None else _with_router(loss, out.router, objective.router_balance)
+
+
+def _counted(batch: Batch) -> jax.Array:
+    """bool [b, t]: no padding, which packed rows mark and other rows have after their last target.
+
+    The prompt counts: its tokens go through the router too.
+    """
+    if "segments_bt" in batch:
+        return batch["segments_bt"] > 0
+    return jax.lax.cummax(batch["mask_bt"].astype(jnp.int32), axis=1, reverse=True) > 0
+
+
+def _with_router(loss: Loss, router: RouterSums, coefficient: float) -> Loss:
+    """Add the balance loss and the router's figures.
+
+    The balance of several micro-batches is their mean, weighted as the loss is; the figures' mean
+    is weighted by response tokens.
+    """
+    figures = {name: x * loss.sums["tokens"] for name, x in router_metrics(router).items()}
+    total = loss.total
+    if coefficient:
+        total = total + coefficient * balance_loss(router) * loss.divisor
+    return Loss(total, loss.divisor, {**loss.sums, **figures})
+
+
+def _token_loss(
+    model: LanguageModel, objective: Objective, params: Params, batch: Batch, hidden_btd: jax.Array
+) -> Loss:
+    ids_bts = batch["target_bt"][..., None]
+    if objective.kind == "topk":
+        ids_bts = jnp.concatenate([ids_bts, batch["support_ids_bts"]], axis=-1)
+    chosen = chosen_logprobs(hidden_btd, model.head(params), ids_bts, model.vocab_shards)
+    student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
+    if objective.kind == "sft":
+        return sft_loss(student_bt, mask_bt)
+    teacher_bt, weight_bt = batch["teacher_bt"], batch["weight_bt"]
+    sums = diagnostics(student_bt, teacher_bt, batch["sampler_bt"], mask_bt, objective.tau)
+    sums["entropy"] = jnp.sum(jnp.where(mask_bt, chosen.entropy_bt, 0.0))
+    sequences = jnp.sum(weight_bt)  # each sequence's weights add up to 1
+    if objective.kind == "sampled":
+        return Loss(sampled_opd(student_bt, teacher_bt, weight_bt, objective.tau), sequences, sums)
+    support_bts = chosen.logprob_bts[..., 1:]
+    kl_bt = topk_reverse_kl(support_bts, batch["support_logprob_bts"], mask_bt, tail=objective.tail)
+    sums["topk_kl"] = jax.lax.stop_gradient(jnp.sum(kl_bt))
+    return Loss(jnp.sum(weight_bt * kl_bt), sequences, sums)
+
+
+def gradients(
+    model: LanguageModel, objective: Objective, params: Params, batch: Batch, pieces: int
+) -> tuple[Params, Loss]:
+    """Gradient of the loss's total, added up over `pieces` micro-batches (not yet divided)."""
+
+    def total(params: Params, piece: Batch) -> tuple[jax.Array, Loss]:
+        loss = batch_loss(model, objective, params, piece)
+        return loss.total, loss
+
+    grad_fn = jax.grad(total, has_aux=True)
+    if pieces == 1:
+        return grad_fn(params, batch)
+
+    def body(carry: tuple[Params, Loss], piece: Batch) -> tuple[tuple[Params, Loss], None]:
+        return jax.tree.map(jnp.add, carry, grad_fn(params, piece)), None
+
+    cut = jax.tree.map(lambda x: _interleave(x, pieces), batch)
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], cut))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zero, cut)[0]
+
+
+def _interleave(x: jax.Array, pieces: int) -> jax.Array:
+    """[b, ...] -> [pieces, b / pieces, ...], each device keeping its own rows."""
+    return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+
+def make_train_step(
+    model: LanguageModel, objective: Objective, optimizer: optax.GradientTransformation, pieces: int
+) -> StepFn:
+    """`step(state, batch) -> (state, metrics)`; metrics are the loss, gradient norm and sums.
+
+    Raises:
+        ConfigError: a balance loss for a model without experts.
+    """
+    if objective.router_balance and not model.arch.sparse_layers:
+        raise ConfigError(
+            f"router_balance={objective.router_balance}: the student ({model.arch.family}) has no "
+            "experts to balance; set it to 0"
+        )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        grads, loss = gradients(model, objective, state.params, batch, pieces)
+        divisor = jnp.maximum(loss.divisor, 1e-9)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss.total / divisor,
+            "grad_norm": optax.tree.norm(grads),
+            "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.params),
+            **loss.sums,
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    if model.mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = state_shardings(model, optimizer)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(model.mesh)),
+        out_shardings=(shardings, replicated(model.mesh)),
+        donate_argnums=0,
+    )
+
+
+def abstract_state(
+    model: LanguageModel, optimizer: optax.GradientTransformation, dtype: str = "float32"
+) -> TrainState:
+    """Shapes, dtypes and (with a mesh) shardings of the whole state."""
+
+    def make(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    abstract = model.abstract(dtype)
+    shapes = jax.eval_shape(make, abstract)
+    if model.mesh is None:
+        return shapes
+    whole = replicated(model.mesh)
+
+    def plain(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+        shapes.opt_state,
+        abstract,
+        transform_non_params=plain,
+    )
+    return TrainState(abstract, opt_state, plain(shapes.step))
+
+
+def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation) -> TrainState:
+    """The sharding of every leaf of the state."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer))
+
+
+def init_state(
+    model: LanguageModel, optimizer: optax.GradientTransformation, params: Params
+) -> TrainState:
+    """A fresh state around a copy of `params` (the step donates its state)."""
+
+    def make(params: Params) -> TrainState:
+        copied = jax.tree.map(jnp.copy, params)
+        return TrainState(copied, optimizer.init(copied), jnp.zeros((), jnp.int32))
+
+    shardings = state_shardings(model, optimizer) if model.mesh is not None else None
+    return jax.jit(make, out_shardings=shardings)(params)

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_jax.algo import logprobs
+from opd_jax.algo.logprobs import chosen_logprobs, top_k_logprobs
+
+
+def arrays(b, t, d, v, s, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(b, t, d)).astype(np.float32)
+    head = rng.normal(size=(v, d)).astype(np.float32)
+    ids = rng.integers(0, v, (b, t, s)).astype(np.int32)
+    weight = rng.normal(size=(b, t, s)).astype(np.float32)
+    return hidden, head, ids, weight
+
+
+# 151,936 and 4,288 are no powers of two and no multiples of a block.
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(("v", "rows"), [(6, 1), (130, 7), (4288, None), (4288, 1000)])
+def test_chosen_logprobs_equal_the_oracle(v, rows, shards):
+    hidden, head, ids, _ = arrays(2, 9, 8, v, 3)
+    out = chosen_logprobs(hidden, head, ids, shards, rows)
+    full = oracles.log_softmax(hidden.astype(np.float64) @ head.T)
+    want = np.take_along_axis(full, ids, axis=-1)
+    np.testing.assert_allclose(out.logprob_bts, want, atol=2e-5)
+    np.testing.assert_allclose(out.entropy_bt, -(np.exp(full) * full).sum(-1), atol=2e-5)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("rows", [1, 4, 7, None])
+def test_gradient_equals_autodiff_of_the_plain_form(rows, shards, monkeypatch):
+    monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 100)  # the chosen rows too come in chunks
+    hidden, head, ids, weight = arrays(3, 7, 6, 38, 2)
+
+    def plain(hidden, head):
+        every = jax.nn.log_softmax(hidden @ head.T)
+        return jnp.sum(weight * jnp.take_along_axis(every, ids, axis=-1))
+
+    def ours(hidden, head):
+        return jnp.sum(weight * chosen_logprobs(hidden, head, ids, shards, rows).logprob_bts)
+
+    for got, want in zip(
+        jax.grad(ours, (0, 1))(hidden, head), jax.grad(plain, (0, 1))(hidden, head), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-30, 30))
+def test_a_shift_of_all_logits_changes_nothing(seed, shift):
+    hidden, head, ids, _ = arrays(1, 3, 4, 11, 2, seed)
+    # A constant column in `hidden` with a constant column in `head` adds `shift` to every logit.
+    hidden = np.concatenate([hidden, np.ones((1, 3, 1), np.float32)], axis=-1)
+    zero = np.concatenate([head, np.zeros((11, 1), np.float32)], axis=1)
+    moved = np.concatenate([head, np.full((11, 1), shift, np.float32)], axis=1)
+    a = chosen_logprobs(hidden, zero, ids).logprob_bts
+    b = chosen_logprobs(hidden, moved, ids).logprob_bts
+    np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted():
+    hidden, head, ids, _ = arrays(2, 5, 8, 50, 1)
+    out = top_k_logprobs(hidden, head, ids[..., 0], k=4, chunk_tokens=3)
+    full = oracles.log_softmax(hidden.astype(np.float64) @ head.T)
+    order = np.argsort(-full, axis=-1)[..., :4]
+    np.testing.assert_array_equal(out.ids_btk, order)
+    np.testing.assert_allclose(out.logprob_btk, np.take_along_axis(full, order, -1), atol=2e-5)
+    np.testing.assert_allclose(out.logprob_bt, np.take_along_axis(full, ids, -1)[..., 0], atol=2e-5)

@@ -1,0 +1,146 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_jax.algo.losses import averages, diagnostics, sampled_opd, sft_loss, topk_reverse_kl
+
+SEEDS = st.integers(0, 100_000)
+
+
+def batch(seed, b=3, t=6, spread=3.0):
+    rng = np.random.default_rng(seed)
+    student = -rng.exponential(spread, (b, t)).astype(np.float32)
+    teacher = -rng.exponential(spread, (b, t)).astype(np.float32)
+    mask = rng.random((b, t)) < 0.6
+    mask[:, 0] = True
+    weight = (mask / mask.sum(1, keepdims=True)).astype(np.float32)
+    return student, teacher, mask, weight
+
+
+def support(seed, k=4, v=9):
+    rng = np.random.default_rng(seed)
+    student = oracles.log_softmax(rng.normal(size=(2, 3, v)) * 2)[..., :k]
+    teacher = oracles.log_softmax(rng.normal(size=(2, 3, v)) * 2)[..., :k]
+    return student.astype(np.float32), teacher.astype(np.float32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS, st.sampled_from([0.5, 2.0, 10.0]))
+def test_sampled_loss_equals_the_oracle(seed, tau):
+    student, teacher, mask, weight = batch(seed)
+    got = sampled_opd(student, teacher, weight, tau) / weight.sum()
+    want = oracles.lightning_loss(student, teacher, mask, tau)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.sampled_from([0.5, 2.0, 10.0]))
+def test_sampled_gradient_is_that_of_half_the_squared_gap(seed, tau):
+    """METHOD: the surrogate's gradient is that of (l_theta - l_T)^2 / 2, Huber's once clipped."""
+    student, teacher, _, weight = batch(seed)
+    got = jax.grad(sampled_opd)(student, teacher, weight, tau)
+    gap = np.clip(student.astype(np.float64) - teacher, -tau, tau)
+    np.testing.assert_allclose(got, weight * gap, atol=1e-5)
+    step = 1e-6
+    for x in (0.3, tau * 0.9, tau * 1.5, -tau * 2):
+        slope = (oracles.huber(x + step, tau) - oracles.huber(x - step, tau)) / (2 * step)
+        assert slope == pytest.approx(np.clip(x, -tau, tau), abs=1e-5)
+
+
+def test_nothing_masked_reaches_the_loss_or_its_gradient():
+    student, teacher, mask, weight = batch(1)
+    poison_s, poison_t = student.copy(), teacher.copy()
+    poison_s[~mask], poison_t[~mask] = np.nan, -np.inf
+    clean = jax.value_and_grad(sampled_opd)(student, teacher, weight, 10.0)
+    dirty = jax.value_and_grad(sampled_opd)(poison_s, poison_t, weight, 10.0)
+    np.testing.assert_array_equal(clean[0], dirty[0])
+    np.testing.assert_array_equal(clean[1], dirty[1])
+    a = averages(jax.device_get(diagnostics(student, teacher, student - 0.1, mask, 10.0)))
+    b = averages(jax.device_get(diagnostics(poison_s, poison_t, poison_s - 0.1, mask, 10.0)))
+    assert a == b
+
+
+@settings(max_examples=30, deadline=None)
+@given(SEEDS, st.booleans())
+def test_topk_kl_equals_the_oracle_and_is_never_negative(seed, tail):
+    student, teacher = support(seed)
+    mask = np.ones((2, 3), bool)
+    got = topk_reverse_kl(student, teacher, mask, tail=tail)
+    for b in range(2):
+        for t in range(3):
+            want = oracles.topk_kl(student[b, t], teacher[b, t], tail=tail)
+            assert float(got[b, t]) == pytest.approx(want, abs=1e-4)
+    assert float(got.min()) > -1e-5
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_topk_kl_of_a_distribution_with_itself_is_zero_with_no_slope(tail):
+    student, _ = support(3)
+    mask = np.ones((2, 3), bool)
+    value, slope = jax.value_and_grad(
+        lambda s: jnp.sum(topk_reverse_kl(s, jnp.asarray(student), mask, tail=tail))
+    )(jnp.asarray(student))
+    assert abs(float(value)) < 1e-5
+    np.testing.assert_allclose(slope, np.zeros(slope.shape), atol=2e-5)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_topk_at_full_vocabulary_is_the_exact_reverse_kl_with_its_gradient(tail):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(1, 2, 7)).astype(np.float32)
+    teacher = oracles.log_softmax(rng.normal(size=(1, 2, 7))).astype(np.float32)
+    mask = np.ones((1, 2), bool)
+
+    def ours(logits):
+        return jnp.sum(topk_reverse_kl(jax.nn.log_softmax(logits), teacher, mask, tail=tail))
+
+    def exact(logits):
+        logp = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(logp) * (logp - teacher))
+
+    np.testing.assert_allclose(ours(logits), exact(logits), atol=1e-5)
+    np.testing.assert_allclose(jax.grad(ours)(logits), jax.grad(exact)(logits), atol=1e-5)
+
+
+def test_topk_masked_positions_change_nothing():
+    student, teacher = support(8)
+    mask = np.array([[True, False, True], [True, True, False]])
+    poison = student.copy()
+    poison[~mask] = np.nan
+    for tail in (False, True):
+        clean = jax.grad(lambda s, t=tail: topk_reverse_kl(s, teacher, mask, tail=t).sum())(student)
+        dirty = jax.grad(lambda s, t=tail: topk_reverse_kl(s, teacher, mask, tail=t).sum())(poison)
+        np.testing.assert_array_equal(clean, dirty)
+        assert np.all(np.asarray(clean)[~mask] == 0)
+
+
+def test_diagnostics_are_the_paper_s_monitors():
+    student, teacher, mask, _ = batch(4, spread=1.0)
+    sampler = student - np.float32(0.2)
+    found = averages(jax.device_get(diagnostics(student, teacher, sampler, mask, 0.5)))
+    gap = (teacher.astype(np.float64) - student)[mask]
+    adv = np.clip(gap, -0.5, 0.5)
+    w = np.exp(np.full(mask.sum(), 0.2))
+    want = {
+        "half_squared_advantage": np.mean(adv**2) / 2,
+        "reverse_kl_estimate": -np.mean(gap),
+        "large_advantage": 0.0,
+        "clipped": np.mean(abs(gap) > 0.5),
+        "w": np.mean(w),
+        "w_std": 0.0,
+        "tokens": mask.sum(),
+    }
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert found[name] == pytest.approx(value, abs=2e-3), name
+
+
+def test_sft_loss_is_a_sum_and_a_count():
+    logprob = np.array([[-1.0, -2.0, np.nan], [-3.0, np.nan, np.nan]], np.float32)
+    mask = np.array([[True, True, False], [True, False, False]])
+    loss = sft_loss(logprob, mask)
+    assert (float(loss.total), float(loss.divisor)) == (6.0, 3.0)

@@ -1,0 +1,57 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_jax.data.collate import opd_batch, pack, packed_rows, padded_rows
+from opd_jax.data.records import Record, Scores
+
+
+def record(prompt, response, name="p", logprob=-0.5):
+    t = len(response)
+    ids = [np.array(x, np.int32) for x in (prompt, response)]
+    return Record(name, 0, *ids, np.full(t, logprob, np.float32), "stop")
+
+
+DRAWN = record([10, 11, 12], [20, 21, 1])
+
+
+def test_padded_rows_are_the_drawing_in_the_docstring():
+    batch = padded_rows([DRAWN], 6)
+    assert batch["input_bt"].tolist() == [[10, 11, 12, 20, 21, 0]]
+    assert batch["target_bt"].tolist() == [[11, 12, 20, 21, 1, 0]]
+    assert batch["mask_bt"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0]]
+
+
+def test_opd_batch_puts_every_log_prob_at_its_token():
+    scores = Scores(
+        np.array([-1, -2, -3], np.float32),
+        np.array([[20, 5], [6, 21], [1, 7]], np.int32),
+        np.array([[-0.1, -3], [-0.2, -4], [-0.3, -5]], np.float16),
+    )
+    other = record([9], [8, 1])
+    batch = opd_batch([DRAWN, other], [scores, Scores(np.array([-4, -5], np.float32))], 5)
+    assert batch["teacher_bt"].tolist() == [[0, 0, -1, -2, -3], [-4, -5, 0, 0, 0]]
+    np.testing.assert_allclose(batch["weight_bt"].sum(1), 1.0, rtol=1e-6)
+    assert (batch["weight_bt"] > 0).tolist() == batch["mask_bt"].tolist()
+    with_support = opd_batch([DRAWN], [scores], 5, support=1)
+    assert with_support["support_ids_bts"][0, :, 0].tolist() == [0, 0, 20, 6, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
+def test_packing_keeps_every_item_once_and_no_row_overflows(lengths):
+    rows = pack(lengths, 20)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+
+
+def test_packed_rows_keep_records_apart_and_cut_what_is_too_long():
+    second = record([7, 8], [9, 1], "q")
+    batch = packed_rows([[DRAWN, second]], 9)
+    assert batch["segments_bt"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0]]
+    assert batch["positions_bt"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0]]
+    assert batch["input_bt"].tolist() == [[10, 11, 12, 20, 21, 7, 8, 9, 0]]
+    assert batch["target_bt"].tolist() == [[11, 12, 20, 21, 1, 8, 9, 1, 0]]
+    assert batch["mask_bt"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0, 1, 1, 0]]
+    cut = packed_rows([[DRAWN]], 4)
+    assert cut["mask_bt"].astype(int).tolist() == [[0, 0, 1, 1]]

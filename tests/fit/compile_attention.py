@@ -1,0 +1,63 @@
+"""Run in a process of its own: compile an attention kernel for absent devices, print its size.
+
+python tests/fit/compile_attention.py v5e:2x2 splash bfloat16 16384 128 packed
+"""
+
+import json
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from opd_jax.config import MeshConfig
+from opd_jax.core.mesh import make_mesh
+from opd_jax.fit.topology import devices_of
+from opd_jax.model import attention_kernels
+from opd_jax.model.attention_choice import AttentionCase, choose_attention, platform_of
+
+HEADS, KV_HEADS = 16, 4
+
+
+def main(target: str, name: str, dtype: str, tokens: str, head_dim: str, rows: str) -> None:
+    t, h, packed = int(tokens), int(head_dim), rows == "packed"
+    mesh = make_mesh(MeshConfig(tensor=2), devices_of(target)[:4])
+    case = AttentionCase(
+        platform_of(mesh), dtype, 2, t, HEADS, KV_HEADS, h, packed=packed, mesh=mesh
+    )
+    chosen = choose_attention("auto" if name != "cudnn" else name, case)
+    kernel = getattr(attention_kernels, f"{name}_attention")
+
+    def loss(q, k, v, segments):
+        return jnp.sum(kernel(q, k, v, segments, mesh).astype(jnp.float32) ** 2)
+
+    def array(heads):
+        sharding = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+        return jax.ShapeDtypeStruct((2, t, heads, h), dtype, sharding=sharding)
+
+    segments = None
+    if packed:
+        rows_only = NamedSharding(mesh, PartitionSpec("fsdp"))
+        segments = jax.ShapeDtypeStruct((2, t), jnp.int32, sharding=rows_only)
+    start = time.monotonic()
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    compiled = step.lower(array(HEADS), array(KV_HEADS), array(KV_HEADS), segments).compile()
+    program = compiled.as_text()
+    print(
+        json.dumps(
+            {
+                "chosen": chosen,
+                "devices": mesh.size,
+                "seconds": round(time.monotonic() - start, 1),
+                "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                "square_arrays": len(re.findall(rf"\[(?:\d+,)*{t},{t}\]", program)),
+                "kernel_calls": program.count("custom-call("),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,48 @@
+"""The real compilers of absent devices take the kernels, and no [t, t] array exists."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_jax.errors import ConfigError
+from opd_jax.fit.topology import devices_of, environment
+
+SCRIPT = Path(__file__).with_name("compile_attention.py")
+CASES = [
+    ("v5e:2x2", "splash", "bfloat16", 16384, 128, "packed"),
+    ("v5e:2x2", "splash", "float32", 4096, 64, "whole"),
+    ("h100:4", "triton", "bfloat16", 16384, 128, "packed"),
+    ("h100:4", "triton", "float32", 4096, 64, "whole"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_forward_and_backward_compile_for(case):
+    tokens = case[3]
+    command = [sys.executable, str(SCRIPT), *map(str, case)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chosen"] == case[1]
+    assert found["devices"] == 4
+    assert found["kernel_calls"] >= 3  # forward, and two of the backward pass
+    assert found["square_arrays"] == 0
+    # The scores of a single head; a device has eight of them. What is linear in t remains.
+    assert found["temp_bytes"] < 4 * tokens**2
+
+
+@pytest.mark.parametrize("target", ["h100", "h100:", "v5e", "v5e:16", "abacus:4"])
+def test_an_unknown_target(target):
+    with pytest.raises(ConfigError, match=f"fit: unknown target '{target}'; name a TPU slice"):
+        devices_of(target)
+
+
+def test_the_environment_keeps_fake_devices_out():
+    made = environment({"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "HOME": "/home"})
+    assert "XLA_FLAGS" not in made
+    assert made["HOME"] == "/home"
+    assert made["JAX_PLATFORMS"] == "cpu"

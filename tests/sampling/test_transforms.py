@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from opd_jax.core.rng import key_for, stable_hash
+from opd_jax.sampling.keys import root_key, sample_keys, token_keys
+from opd_jax.sampling.transforms import Transform, bend, draw
+from tests.sampling.reference import bent_probs
+
+LOGITS = np.array([2.0, 1.1, 0.3, -0.2, -1.0, 1.3, -3.0], np.float32)
+BENDS = {
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "cold": {"temperature": 0.5},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.2},
+    "all": {"temperature": 1.3, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
+}
+DRAWS = 100_000
+CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}
+
+
+@pytest.mark.parametrize("name", BENDS)
+def test_frequencies_are_the_exact_ones(name):
+    keys = jax.random.split(key_for(0, "test", name), DRAWS)
+    logits_bv = jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS)))
+    token_b = np.asarray(draw(keys, logits_bv, Transform(**BENDS[name])))
+    expected_v = DRAWS * bent_probs(LOGITS, **BENDS[name])
+    seen_v = np.bincount(token_b, minlength=len(LOGITS))
+    possible = expected_v > 0
+    assert not seen_v[~possible].any()
+    difference = seen_v[possible] - expected_v[possible]
+    chi_square = np.sum(difference**2 / expected_v[possible])
+    assert chi_square < CHI_SQUARE_999[possible.sum() - 1]
+
+
+def test_greedy_is_the_likeliest_token():
+    keys = jax.random.split(key_for(0, "test"), 3)
+    rows_bv = jnp.stack([jnp.roll(LOGITS, shift) for shift in (0, 2, 5)])
+    assert draw(keys, rows_bv, Transform(temperature=0)).tolist() == [0, 2, 5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(np.int32, 9, elements=st.integers(-40, 40), unique=True),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.integers(0, 12),
+    st.sampled_from([0.05, 0.5, 0.93, 1.0]),
+    st.sampled_from([0.0, 0.01, 0.6]),
+)
+def test_bend_is_the_definition(tenths_v, temperature, top_k, top_p, min_p):
+    logits_v = tenths_v.astype(np.float32) / 10
+    bent = bend(jnp.asarray(logits_v)[None], Transform(temperature, top_k, top_p, min_p))[0]
+    wanted_v = bent_probs(logits_v, temperature, top_k, top_p, min_p)
+    np.testing.assert_allclose(np.asarray(jax.nn.softmax(bent)), wanted_v, atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+def test_extreme_temperatures_stay_finite(temperature):
+    bent = np.asarray(bend(jnp.asarray(LOGITS)[None], Transform(temperature)))[0]
+    assert not np.isnan(bent).any()
+    assert bent.argmax() == 0 or temperature > 1
+
+
+def test_no_sort_unless_asked_for():
+    def program(transform):
+        keys, logits_bv = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 50))
+        return jax.jit(draw, static_argnums=2).lower(keys, logits_bv, transform).as_text()
+
+    plain = program(Transform(temperature=0.7, min_p=0.1))
+    assert "sort" not in plain
+    assert "top_k" not in plain
+    assert "sort" in program(Transform(top_p=0.9))
+
+
+def test_keys_are_those_of_key_for():
+    base = sample_keys(jnp.asarray(root_key(3)), jnp.array([stable_hash("p")]), jnp.array([4]))
+    key = token_keys(base, jnp.array([9]))[0]
+    assert key == key_for(3, "sample", "p", 4, 9)

@@ -1,0 +1,82 @@
+"""Killed with -9 in every stage, a run goes on and ends with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import ROOT, arguments
+
+STAGES = (
+    "answer",
+    "sft",
+    "rollout",
+    "score",
+    "train.opd",
+    "train.opd_topk",
+    "evaluate.opd",
+    "export.opd",
+)
+LIMIT_SECONDS = 300
+
+
+def start(run_dir, log):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def inside(run_dir, stage):
+    """The stage has begun and, where it can be cut in its middle, has kept something already."""
+    if not (run_dir / "stages" / f"{stage}.started.json").exists():
+        return False
+    kind, _, name = stage.partition(".")
+    kept = {
+        "answer": "answers/commits/*.json",
+        "rollout": "rollouts/commits/*.json",
+        "score": "rollouts/teacher/*/commits/*.json",
+        "sft": "checkpoints/sft/state/*/complete.json",
+        "train": f"checkpoints/{name}/state/*/complete.json",
+        "evaluate": f"evaluate/{name}/sampled/commits/*.json",
+        "export": "export/*",
+    }[kind]
+    return any(run_dir.glob(kept))
+
+
+def kill_inside(run_dir, stage, log):
+    process = start(run_dir, log)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    try:
+        while not inside(run_dir, stage):
+            assert process.poll() is None, f"ended before {stage} could be killed"
+            assert time.monotonic() < deadline, f"{stage} never began"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (run_dir / "stages" / f"{stage}.json").exists(), f"{stage} was over already"
+
+
+def model_files(run_dir):
+    """The bytes of every exported parameter and of the metrics."""
+    files = sorted((run_dir / "export").rglob("*.safetensors"))
+    return {str(p.relative_to(run_dir)): p.read_bytes() for p in files}
+
+
+@pytest.mark.slow
+def test_killed_once_in_each_stage_a_run_ends_with_the_same_parameters(tmp_path):
+    with (tmp_path / "log.txt").open("w+") as log:
+        straight, killed = tmp_path / "straight", tmp_path / "killed"
+        assert start(straight, log).wait(LIMIT_SECONDS) == 0
+        for stage in STAGES:
+            kill_inside(killed, stage, log)
+        assert start(killed, log).wait(LIMIT_SECONDS) == 0
+    want, got = model_files(straight), model_files(killed)
+    assert len(want) == 2
+    assert want.keys() == got.keys()
+    for name in want:
+        assert want[name] == got[name], name
+    lines = (killed / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len((straight / "metrics.jsonl").read_text().splitlines())

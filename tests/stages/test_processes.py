@@ -1,0 +1,52 @@
+"""Two processes run the pipeline together and find what one process finds."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import ROOT, arguments
+
+LIMIT_SECONDS = 400
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(run_dir, devices, *more):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, *more)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start(one, 2)
+    output = alone.communicate(timeout=LIMIT_SECONDS)[0].decode()
+    assert alone.returncode == 0, output
+    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    pair = [start(two, 1, *flags, "--rank", str(rank)) for rank in range(2)]
+    for process in pair:
+        output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
+        assert process.returncode == 0, output
+    counts = [
+        {name: stage.get("tokens") for name, stage in json.loads(text)["stages"].items()}
+        for text in ((run / "summary.json").read_text() for run in (one, two))
+    ]
+    assert counts[0] == counts[1]  # the same samples, so the same number of tokens
+    for name in ("opd", "opd_topk"):
+        want = load_file(one / "export" / name / "model.safetensors")
+        got = load_file(two / "export" / name / "model.safetensors")
+        for tensor, value in want.items():
+            np.testing.assert_allclose(got[tensor], value, atol=1e-5, err_msg=tensor)

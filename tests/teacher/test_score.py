@@ -1,0 +1,125 @@
+import jax
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny
+
+from opd_jax.config import MeshConfig
+from opd_jax.core.mesh import make_mesh
+from opd_jax.data.records import Record
+from opd_jax.data.store import create_store
+from opd_jax.errors import DataError, ModelError
+from opd_jax.model.transformer import LanguageModel
+from opd_jax.teacher.score import Scorer, length_bucket, score_batches
+from opd_jax.teacher.score_pass import score_snapshot
+
+forward = jax.jit(LanguageModel.forward, static_argnums=0)
+
+
+def make_records(count=9, seed=0):
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        p, t = rng.integers(1, 9), rng.integers(1, 30)
+        prompt = rng.integers(0, 64, p).astype(np.int32)
+        response = rng.integers(0, 64, t).astype(np.int32)
+        logprob = -rng.exponential(1, t).astype(np.float32)
+        found.append(Record(f"p{i}", 0, prompt, response, logprob, "length"))
+    return found
+
+
+def oracle_logprobs(model, params, record):
+    """[t, v] from one unpadded forward, log-softmax in float64."""
+    tokens = np.concatenate([record.prompt_ids, record.response_ids])[None]
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    hidden = forward(model, params, tokens[:, :-1], positions[:, :-1]).hidden_btd
+    logits = np.asarray(hidden, np.float64)[0] @ np.asarray(model.head(params), np.float64).T
+    return oracles.log_softmax(logits)[len(record.prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)])
+def test_scores_equal_an_unpadded_forward_in_float64(mesh):
+    model, params = tiny(mesh=mesh and make_mesh(mesh))
+    plain, _ = tiny()
+    records = make_records(6)
+    found = Scorer(model, params, top_k=3).score(records, length=48, rows=8)
+    for record, scores in zip(records, found, strict=True):
+        full = oracle_logprobs(plain, jax.device_get(params), record)
+        want = full[np.arange(len(full)), record.response_ids]
+        np.testing.assert_allclose(scores.logprob, want, atol=1e-4)
+        order = np.argsort(-full, axis=-1)[:, :3]
+        np.testing.assert_array_equal(scores.topk_ids, order)
+        # float16: worst error 0.004 at these sizes
+        np.testing.assert_allclose(
+            scores.topk_logprob, np.take_along_axis(full, order, -1), atol=0.004
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(2, 400), min_size=1, max_size=60), st.integers(16, 2000))
+def test_batches_cover_every_record_once_within_their_shape(tokens, batch_tokens):
+    model, params = tiny()
+    batches = list(score_batches(np.array(tokens), Scorer(model, params, 0, batch_tokens)))
+    assert sorted(i for b in batches for i in b.indices) == list(range(len(tokens)))
+    for batch in batches:
+        assert len(batch.indices) <= batch.rows
+        assert all(tokens[i] - 1 <= batch.length for i in batch.indices)
+        assert batch.rows == 1 or batch.rows * batch.length <= batch_tokens
+
+
+def test_there_are_few_buckets_and_little_padding():
+    lengths = np.arange(1, 20_000)
+    buckets = np.array([length_bucket(int(n)) for n in lengths])
+    assert len(set(buckets)) < 60
+    assert np.all(buckets >= lengths)
+    assert np.all(buckets[lengths > 64] < 1.26 * lengths[lengths > 64])
+
+
+def test_a_pass_that_was_cut_off_ends_with_the_same_bits(tmp_path):
+    model, params = tiny()
+    scorer = Scorer(model, params, top_k=2, batch_tokens=64)
+    results = []
+    for name, cut in (("straight", None), ("cut", 2)):
+        store = create_store(tmp_path / name, {})
+        with store.writer() as writer:
+            for record in make_records():
+                writer.append(record)
+        snapshot = store.freeze()
+        scores = store.create_pass("teacher", {})
+        if cut is not None:
+            with pytest.raises(KeyboardInterrupt):
+                score_snapshot(scorer, snapshot, scores, interrupt_after(cut), 0.0)
+            done = len(scores.committed_records(snapshot))
+            assert 0 < done < len(snapshot)
+            scores = store.open_pass("teacher")
+        score_snapshot(scorer, snapshot, scores, lambda *_: None, 0.0)
+        results.append(scores.read_many(snapshot, range(len(snapshot))))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a.logprob, b.logprob)
+        np.testing.assert_array_equal(a.topk_logprob, b.topk_logprob)
+
+
+def interrupt_after(batches):
+    seen = []
+
+    def on_batch(*_):
+        seen.append(1)
+        if len(seen) > batches:
+            raise KeyboardInterrupt
+
+    return on_batch
+
+
+def test_a_broken_teacher_is_named_with_the_record():
+    model, params = tiny()
+    params = {**params, "final_norm": params["final_norm"] * np.nan}
+    with pytest.raises(DataError, match="log-prob nan at response token 0 of record 'p0'/0"):
+        Scorer(model, params).score(make_records(1), length=48, rows=1)
+
+
+def test_more_top_k_than_vocabulary():
+    model, params = tiny()
+    with pytest.raises(ModelError, match="top_k=65 is more than the teacher's vocabulary of 64"):
+        Scorer(model, params, top_k=65)

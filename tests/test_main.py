@@ -1,0 +1,144 @@
+"""The command line: what it hands on, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+from opd_jax.errors import DataError
+from opd_jax.main import main
+
+CONFIG = """\
+run_dir: runs/demo
+model: {student: s, teacher: t}
+prompts: {sft: a.jsonl, opd: b.jsonl, eval: c.jsonl}
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    path = tmp_path / "demo.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """A pipeline that only notes its arguments, or raises what the test puts into `error`."""
+    fake = types.ModuleType("opd_jax.stages.pipeline")
+    fake.calls, fake.error = [], None
+
+    def run(config, *, stages, force, plan_only):
+        fake.calls.append((config, stages, force, plan_only))
+        if fake.error:
+            raise fake.error
+
+    fake.run = run
+    monkeypatch.setitem(sys.modules, "opd_jax.stages.pipeline", fake)
+    monkeypatch.setattr("opd_jax.stages.pipeline", fake, raising=False)
+    return fake
+
+
+def test_overrides_and_options_mix_and_reach_the_pipeline(config_path, pipeline):
+    words = ["--config", config_path, "seed=3", "--stages", "sft, rollout", "sft.steps=2"]
+    assert main([*words, "--force", "sft", "--force", "train,export"]) == 0
+    ((config, stages, force, plan_only),) = pipeline.calls
+    assert (config.seed, config.sft.steps) == (3, 2)
+    assert (stages, force, plan_only) == (["sft", "rollout"], ["sft", "train", "export"], False)
+
+
+def test_without_stages_all_are_meant(config_path, pipeline):
+    assert main(["--config", config_path, "--plan"]) == 0
+    assert pipeline.calls[0][1:] == (None, [], True)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(config_path, pipeline, capsys):
+    pipeline.error = DataError("prompts.jsonl:3: broken\nJSON")
+    assert main(["--config", config_path]) == 2
+    assert capsys.readouterr().err == "opd_jax: error: prompts.jsonl:3: broken JSON\n"
+
+
+def test_an_operating_system_error_names_its_file(config_path, pipeline, capsys):
+    pipeline.error = PermissionError(13, "Permission denied", "/runs")
+    assert main(["--config", config_path]) == 2
+    assert capsys.readouterr().err == "opd_jax: error: /runs: Permission denied\n"
+
+
+def test_debug_shows_the_traceback(config_path, pipeline, capsys):
+    pipeline.error = DataError("torn")
+    assert main(["--config", config_path, "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("opd_jax: error: torn\n")
+
+
+def test_ctrl_c_is_one_line(config_path, pipeline, capsys):
+    pipeline.error = KeyboardInterrupt()
+    assert main(["--config", config_path]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_mistake(config_path, pipeline):
+    pipeline.error = AssertionError("ours")
+    with pytest.raises(AssertionError):
+        main(["--config", config_path])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--config"),
+        (["--config"], "expected one argument"),
+        (["--config", "x", "--speed"], "--speed"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, expected, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("opd_jax: error: command line: ")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_processes_are_joined_before_the_pipeline_runs(config_path, pipeline, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *at: pipeline.calls.append(at))
+    words = ["--config", config_path, "--coordinator", "host:1", "--processes", "2", "--rank", "1"]
+    assert main(words) == 0
+    assert pipeline.calls[0] == ("host:1", 2, 1)
+    assert len(pipeline.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--coordinator", "host:1", "--rank", "0"], "belong together"),
+        (["--coordinator", "host:1", "--processes", "2", "--rank", "2"], "--rank 2 is not below"),
+    ],
+)
+def test_half_given_processes_are_refused(config_path, pipeline, words, expected, capsys):
+    assert main(["--config", config_path, *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert pipeline.calls == []
+
+
+def test_a_misspelt_key_does_not_wait_for_jax(config_path):
+    code = (
+        "import sys; from opd_jax.main import main; "
+        "code = main(sys.argv[1:]); sys.exit('jax' in sys.modules or code)"
+    )
+    command = [sys.executable, "-c", code, "--config", config_path, "sede=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("unknown key 'sede'; did you mean 'seed'?\n")
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "opd_jax.main", "--config", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("opd_jax: error: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from opd_jax.data.records import Record, Scores
+from opd_jax.data.store import create_store
+from opd_jax.errors import ConfigError
+from opd_jax.train.sources import offline_source, sft_source, support_size
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A snapshot of 12 records, each of whose tokens is its number, and a pass over it."""
+    store = create_store(tmp_path_factory.mktemp("store") / "s", {})
+    with store.writer() as writer:
+        for i in range(12):
+            t = 3 + i % 4
+            logprob = np.full(t, -float(i + 1), np.float32)
+            ids = np.full(t, i, np.int32)
+            writer.append(Record(f"p{i:02}", 0, np.full(2, i, np.int32), ids, logprob, "stop"))
+    snapshot = store.freeze()
+    scores = store.create_pass("t", {})
+    with scores.writer(snapshot, 0) as writer:
+        for i, record in enumerate(snapshot.read_many(range(12))):
+            value = np.full(len(record.response_ids), -0.5 * (i + 1), np.float32)
+            writer.append(i, Scores(value))
+    return snapshot, scores
+
+
+def steps_of(source, start, count):
+    next_batch = source(start)
+    return [next_batch(step, {}) for step in range(start, start + count)]
+
+
+def test_offline_batches_resume_and_keep_scores_with_their_records(scored):
+    source = offline_source(*scored, support=0, batch_size=4, seed=3)
+    straight, resumed = steps_of(source, 0, 6), steps_of(source, 4, 2)
+    for a, b in zip(straight[4:], resumed, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    for batch in straight:
+        number = batch["input_bt"][:, 0]
+        for row, mask in enumerate(batch["mask_bt"]):
+            assert np.all(batch["sampler_bt"][row][mask] == -(number[row] + 1.0))
+            assert np.all(batch["teacher_bt"][row][mask] == -0.5 * (number[row] + 1))
+    first_epoch = np.concatenate([b["input_bt"][:, 0] for b in straight[:3]])
+    assert sorted(first_epoch) == list(range(12))
+
+
+def test_sft_rows_hold_every_answer_once_an_epoch(scored):
+    snapshot, _ = scored
+    source = sft_source(snapshot, range(12), row_tokens=16, batch_rows=1, seed=0)
+    rows = steps_of(source, 0, 12)
+    seen = [set(r["input_bt"][0][r["segments_bt"][0] > 0]) for r in rows]
+    assert set().union(*seen) == set(range(12))
+
+
+def test_an_answer_that_does_not_fit_a_row_is_refused(scored):
+    with pytest.raises(ConfigError, match=r"row_tokens=6 would cut the longest answer \(7 tokens"):
+        sft_source(scored[0], range(12), row_tokens=6, batch_rows=1, seed=0)
+
+
+def test_support_size():
+    assert support_size(8, None) == 8
+    assert support_size(8, 3) == 3
+    with pytest.raises(ConfigError, match="the pass has none"):
+        support_size(0, None)
+    with pytest.raises(ConfigError, match="support=9 is more than the 8 stored"):
+        support_size(8, 9)

@@ -1,0 +1,176 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from models import tiny
+
+from opd_jax.config import LoopConfig, MeshConfig, OptimConfig
+from opd_jax.core.mesh import make_mesh, put_batch
+from opd_jax.errors import ConfigError
+from opd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
+from opd_jax.train.step import (
+    Objective,
+    abstract_state,
+    batch_loss,
+    init_state,
+    make_train_step,
+)
+
+LOOP = LoopConfig(steps=8, batch_size=8, optim=OptimConfig(learning_rate=1e-3, warmup_steps=2))
+OBJECTIVES = [Objective("sft"), Objective("sampled"), Objective("topk", tail=True)]
+
+
+def ragged_batch(b=8, t=12, support=3, v=64):
+    """Every row has a response of another length."""
+    rng = np.random.default_rng(0)
+    start, stop = rng.integers(1, 4, b), rng.integers(5, t + 1, b)
+    columns = np.arange(t)[None]
+    mask = (columns >= start[:, None]) & (columns < stop[:, None])
+    return {
+        "input_bt": rng.integers(0, v, (b, t)).astype(np.int32),
+        "target_bt": rng.integers(0, v, (b, t)).astype(np.int32),
+        "positions_bt": np.tile(np.arange(t, dtype=np.int32), (b, 1)),
+        "mask_bt": mask,
+        "weight_bt": (mask / mask.sum(1, keepdims=True)).astype(np.float32),
+        "teacher_bt": -rng.exponential(2, (b, t)).astype(np.float32),
+        "sampler_bt": -rng.exponential(2, (b, t)).astype(np.float32),
+        "support_ids_bts": rng.integers(0, v, (b, t, support)).astype(np.int32),
+        "support_logprob_bts": -1.5 - rng.exponential(1, (b, t, support)).astype(np.float32),
+    }
+
+
+@functools.cache
+def run(objective, mesh=None, pieces=1, steps=3):
+    model, params = tiny(mesh=None if mesh is None else make_mesh(mesh))
+    optimizer = make_optimizer(model, LOOP)
+    state = init_state(model, optimizer, params)
+    step = make_train_step(model, objective, optimizer, pieces)
+    batch = ragged_batch()
+    losses = []
+    for _ in range(steps):
+        placed = batch if model.mesh is None else put_batch(model.mesh, batch)
+        state, metrics = step(state, placed)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+def assert_same(got, want, atol):
+    np.testing.assert_allclose(got[0], want[0], atol=atol)
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
+def test_accumulated_equals_whole(objective):
+    # Adam divides by the gradient's own size: parameters differ by more than the gradients do.
+    assert_same(run(objective, pieces=4), run(objective), atol=2e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
+def test_four_devices_equal_one(objective):
+    losses, _ = run(objective, MeshConfig(fsdp=2, tensor=2))
+    np.testing.assert_allclose(losses, run(objective)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(data=2, tensor=2)])
+def test_other_meshes_equal_one_device(mesh):
+    objective = Objective("sampled")
+    np.testing.assert_allclose(run(objective, mesh)[0], run(objective)[0], atol=1e-5)
+
+
+def test_accumulation_on_a_mesh_equals_whole():
+    objective = Objective("sampled")
+    losses, _ = run(objective, MeshConfig(fsdp=2, tensor=2), pieces=4)
+    np.testing.assert_allclose(losses, run(objective)[0], atol=1e-5)
+
+
+def test_the_loss_falls_and_parameters_move():
+    losses, params = run(Objective("sft"), steps=8)
+    assert losses[-1] < losses[0] - 0.01
+    assert not np.array_equal(params["embed"], tiny()[1]["embed"])
+
+
+def test_state_is_sharded_like_its_parameters():
+    model, _ = tiny(mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
+    state = abstract_state(model, make_optimizer(model, LOOP))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (64, 32)]
+    assert len(moments) == 2
+    for moment in moments:
+        assert moment.sharding == state.params["embed"].sharding
+        assert moment.sharding.shard_shape((64, 32)) == (32, 16)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    model, _ = tiny(qkv_bias=True)
+    mask = decay_mask(model)
+    assert mask["embed"]
+    assert mask["layers"]["wq"]
+    for name in ("attn_norm", "mlp_norm", "q_norm", "bq", "bv"):
+        assert not mask["layers"][name], name
+    assert not mask["final_norm"]
+
+
+def test_learning_rate_schedule():
+    constant = learning_rate(OptimConfig(learning_rate=1.0, warmup_steps=4), 100)
+    assert [float(constant(s)) for s in (0, 1, 3, 4, 99)] == pytest.approx([0.25, 0.5, 1, 1, 1])
+    cosine = learning_rate(OptimConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine"), 110)
+    assert float(cosine(10)) == pytest.approx(1.0)
+    assert float(cosine(60)) == pytest.approx(0.5, abs=0.01)
+    assert float(cosine(110)) == pytest.approx(0.001)
+
+
+MIXTURE = {
+    "family": "qwen3_moe",
+    "sparse_layers": (1,),
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_ffn_dim": 12,
+}
+
+
+def one_step(objective, mesh=None, pieces=1):
+    model, params = tiny(mesh=None if mesh is None else make_mesh(mesh), **MIXTURE)
+    optimizer = make_optimizer(model, LOOP)
+    step = make_train_step(model, objective, optimizer, pieces)
+    batch = ragged_batch()
+    placed = batch if mesh is None else put_batch(model.mesh, batch)
+    state, metrics = step(init_state(model, optimizer, params), placed)
+    return jax.device_get((state.params, metrics))
+
+
+def test_router_figures_and_balance_loss_of_a_mixture():
+    _, plain = one_step(Objective("sft"))
+    params, balanced = one_step(Objective("sft", router_balance=0.5))
+    tokens = plain["tokens"]
+    assert 0.5 <= plain["router_max_load"] / tokens <= 1.0  # even: 2 of 4 experts
+    assert 0 < plain["router_entropy"] / tokens <= np.log(4) + 1e-6
+    balance = plain["router_balance"] / tokens
+    assert balance >= 1.9
+    np.testing.assert_allclose(balanced["loss"], plain["loss"] + 0.5 * balance, rtol=1e-6)
+    assert not np.array_equal(
+        params["moe"]["router"], one_step(Objective("sft"))[0]["moe"]["router"]
+    )
+    _, sharded = one_step(Objective("sft", router_balance=0.5), MeshConfig(fsdp=2, expert=2))
+    for name, value in balanced.items():
+        np.testing.assert_allclose(sharded[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_padding_leaves_the_router_figures_alone():
+    model, params = tiny(**MIXTURE)
+    batch = ragged_batch()
+    changed = {**batch, "input_bt": batch["input_bt"].copy()}
+    last = batch["mask_bt"].shape[1] - batch["mask_bt"][:, ::-1].argmax(1)
+    for row, stop in enumerate(last):
+        changed["input_bt"][row, stop:] = 3
+    assert (changed["input_bt"] != batch["input_bt"]).any()
+    loss = jax.jit(batch_loss, static_argnums=(0, 1))
+    a, b = (loss(model, Objective("sft"), params, x).sums for x in (batch, changed))
+    for name in ("router_max_load", "router_entropy", "router_balance"):
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-6)
+
+
+def test_a_balance_loss_without_experts_is_refused():
+    model, _ = tiny()
+    with pytest.raises(ConfigError, match=r"router_balance=0.1: .*no experts"):
+        make_train_step(model, Objective("sft", router_balance=0.1), make_optimizer(model, LOOP), 1)
