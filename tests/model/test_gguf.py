@@ -139,17 +139,17 @@ def test_every_kind_as_the_package_reads_it(tmp_path, monkeypatch, kind, family)
         np.testing.assert_array_equal(ours(params), expected)
 
 
-def _matrix(name):
-    return lambda params: np.asarray(params["layers"][name][1]).reshape(256, -1).T
+def _matrix(stack, name):
+    return lambda params: np.asarray(params[stack][name][1]).reshape(256, -1).T
 
 
 OURS = {
     "token_embd.weight": lambda params: params["embed"],
     "output.weight": lambda params: params["head"],
-    "blk.1.attn_q.weight": _matrix("wq"),
-    "blk.1.attn_k.weight": _matrix("wk"),
-    "blk.1.attn_output.weight": _matrix("wo"),
-    "blk.1.ffn_down.weight": _matrix("w_down"),
+    "blk.1.attn_q.weight": _matrix("layers", "wq"),
+    "blk.1.attn_k.weight": _matrix("layers", "wk"),
+    "blk.1.attn_output.weight": _matrix("layers", "wo"),
+    "blk.1.ffn_down.weight": _matrix("dense", "w_down"),
 }
 
 
