@@ -53,7 +53,7 @@ def _source(problem: ErrorDetails, file: str, origins: Mapping[tuple[str, ...], 
     that the message names first, or that of the block itself.
     """
     place = tuple(map(str, problem["loc"]))
-    latest = list(reversed(origins.items()))
+    latest = list(origins.items())[::-1]
     if problem["type"] != "value_error":
         return next((text for keys, text in latest if _on_one_path(keys, place)), file)
     inside = [(keys[len(place) :], text) for keys, text in latest if keys[: len(place)] == place]

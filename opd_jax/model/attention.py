@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def attend_chunked(
     q, keys, values, segments = (_pad_time(x, c) for x in (q_btnh, k_btkh, v_btkh, segments_bt))
     q_bkgth = jnp.moveaxis((q * (h**-0.5)).reshape(b, -1, k, n // k, h), 1, 3)
     rows = (jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), segments)
-    mixed_bkgth = _tiled(q_bkgth, *rows, c)  # pyright: ignore[reportGeneralTypeIssues]
+    mixed_bkgth = cast(jax.Array, _tiled(q_bkgth, *rows, c))  # `custom_vjp` hides the type
     return jnp.moveaxis(mixed_bkgth, 3, 1).reshape(b, -1, n, h)[:, :t]
 
 
