@@ -60,7 +60,7 @@ class ModelConfig(Frozen):
     param_dtype: Dtype = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on accelerators, float32 on CPU."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "none"
     attention: Literal["auto", "xla", "chunked", "splash", "triton", "cudnn"] = "auto"
     """`auto`: what fits platform and shape; see `opd_jax.model.attention_choice`."""
 

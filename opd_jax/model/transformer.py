@@ -31,6 +31,7 @@ from opd_jax.model.rope import RopeTables, rope_tables, rotate
 Params = dict[str, Any]
 Mixed = tuple[jax.Array, tuple[jax.Array, jax.Array]]
 SAVED_NAMES = (SAVED, "attended", "gate", "up")
+LAYER_INPUT = "layer_input"
 HIDDEN_AXES = ("batch", "time", "replicated")
 
 
@@ -216,6 +217,7 @@ class LanguageModel:
             return attend_rows(self.attention, self.mesh, q, k, v, segments_bt), (k, v)
 
         def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
+            x = checkpoint_name(x, LAYER_INPUT)
             x, new, router = run_layer(self, layer, x, rope, mix, counted_bt)
             return constrain(x, self.mesh, HIDDEN_AXES, "hidden"), (new, router)
 
@@ -256,13 +258,20 @@ def _remat(body: Any, policy: str) -> Any:
     """What the backward pass finds of a layer.
 
     `none`: the named products, so that no product is computed twice; norms and activations are.
-    `dots`: the products with weights, but not attention. `full`: the layer's input.
+    `dots`: the products with weights, but not attention. `full`: the layer's input. `offload`: the
+    same, kept in the host's memory, from which the backward pass fetches it layer by layer.
     """
     policies = jax.checkpoint_policies
     saved = {
         "none": policies.save_only_these_names(*SAVED_NAMES),
         "dots": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 

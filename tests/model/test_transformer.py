@@ -70,7 +70,7 @@ def test_sharded_equals_unsharded(mesh):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_no_gradient(remat):
     tokens, positions = inputs()
     plain, params = tiny()

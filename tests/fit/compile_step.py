@@ -1,0 +1,65 @@
+"""Run in a process of its own: compile a train step for absent devices, print its memory.
+
+python tests/fit/compile_step.py v5e:2x2 offload
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.config import LoopConfig, MeshConfig
+from opd_jax.core.mesh import batch_sharding, make_mesh
+from opd_jax.fit.topology import devices_of
+from opd_jax.model.architecture import Architecture
+from opd_jax.model.transformer import LanguageModel
+from opd_jax.train.optimizer import make_optimizer
+from opd_jax.train.step import Objective, abstract_state, make_train_step
+
+ROWS, TOKENS = 4, 1024
+ARCHITECTURE = Architecture(
+    family="qwen3",
+    vocab_size=4096,
+    embed_dim=512,
+    ffn_dim=1024,
+    num_layers=64,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    qkv_bias=False,
+    qk_norm=True,
+    max_position=4096,
+)
+
+
+def main(target: str, remat: str) -> None:
+    mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
+    model = LanguageModel(ARCHITECTURE, "bfloat16", remat, mesh)
+    optimizer = make_optimizer(model, LoopConfig())
+
+    def array(dtype):
+        return jax.ShapeDtypeStruct((ROWS, TOKENS), dtype, sharding=batch_sharding(mesh))
+
+    batch = {name: array(jnp.int32) for name in ("input_bt", "target_bt", "positions_bt")}
+    batch |= {name: array(jnp.float32) for name in ("teacher_bt", "sampler_bt", "weight_bt")}
+    batch["mask_bt"] = array(jnp.bool_)
+    step = make_train_step(model, Objective("sampled"), optimizer, 1)
+    memory = step.lower(abstract_state(model, optimizer), batch).compile().memory_analysis()
+    inputs = ARCHITECTURE.num_layers * ROWS // mesh.size * TOKENS * ARCHITECTURE.embed_dim * 2
+    print(
+        json.dumps(
+            {
+                "device_bytes": memory.temp_size_in_bytes,
+                "host_bytes": memory.host_temp_size_in_bytes,
+                "layer_inputs": inputs,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,29 @@
+"""With `remat: offload`, what the backward pass keeps of the layers leaves the device."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_jax.fit.topology import environment
+
+SCRIPT = Path(__file__).with_name("compile_step.py")
+
+
+def memory(target, remat):
+    command = [sys.executable, str(SCRIPT), target, remat]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
+def test_layer_inputs_go_to_the_hosts_memory_on(target):
+    kept, offloaded = memory(target, "full"), memory(target, "offload")
+    assert kept["host_bytes"] == 0
+    assert offloaded["host_bytes"] == offloaded["layer_inputs"]
+    saved = kept["device_bytes"] - offloaded["device_bytes"]
+    assert saved > 0.9 * kept["layer_inputs"]
