@@ -34,6 +34,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                problem = f"key {key!r:.60} is a list or a block; write a word"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 problem = f"key {key!r} is given twice; delete one"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)

@@ -169,7 +169,8 @@ def export(
 ) -> None:
     """Write one Hugging Face folder."""
     ids = {"eos_token_id": list(tokenizer.end_ids), "pad_token_id": VOCABULARY.index(PAD)}
-    export_folder(folder, model, params, tokenizer, CARD.format(name=name), ids)
+    card = {"README.md": CARD.format(name=name)}
+    export_folder(folder, model, params, tokenizer, card, ids)
 
 
 def main() -> None:

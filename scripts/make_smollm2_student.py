@@ -87,7 +87,7 @@ def write_models(gguf: Path, out: Path, dropped: Sequence[int]) -> None:
         ("student", f"without layers {named}", student),
     ):
         card = CARD.format(what=what, source=gguf.name)
-        export_folder(out / name, program, weights, tokenizer, card, generation)
+        export_folder(out / name, program, weights, tokenizer, {"README.md": card}, generation)
         count = sum(leaf.size for leaf in jax.tree.leaves(weights))
         print(f"{out / name}: {program.arch.num_layers} layers, {count / 1e6:.1f}M parameters")
 

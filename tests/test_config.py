@@ -250,6 +250,7 @@ BROKEN = [
     (MINIMAL + "sft: {steps: [}\n", ":4: broken YAML: "),
     ("a: 1\n\tb: 2\n", ":2: broken YAML: "),
     (MINIMAL + "seed: 1\nseed: 2\n", ":5: broken YAML: key 'seed' is given twice; delete one"),
+    ("? [a, b]\n: 1\n", ":1: broken YAML: key ['a', 'b'] is a list or a block; write a word"),
     ("- a\n- b\n", ": holds list ['a', 'b'], not 'key: value' lines"),
 ]
 

@@ -43,6 +43,24 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
+def same_lineage(first: Any, second: Any) -> bool:
+    """Whether two JSON values are equal, models being equal by fingerprint: one may have moved."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        if "fingerprint" in first and "fingerprint" in second:
+            return first["fingerprint"] == second["fingerprint"]
+        return first.keys() == second.keys() and all(
+            same_lineage(first[key], second[key]) for key in first
+        )
+    return first == second
+
+
+def shown(value: Any) -> str:
+    """A value of a lineage in few words: a model by its name and the start of its fingerprint."""
+    if isinstance(value, dict) and {"name", "fingerprint"} <= value.keys():
+        return f"{value['name']} ({value['fingerprint'][:12]})"
+    return f"{value!r:.60}"
+
+
 @dataclass(frozen=True)
 class Identity:
     """A model as lineage knows it: a name for people, and what makes it the same model or another.

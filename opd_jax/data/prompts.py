@@ -65,6 +65,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _parse(line: bytes, where: str) -> Prompt:
     try:
         row = json.loads(line.decode("utf-8"))
+        # JSON can escape half a surrogate pair, which is no text in any encoding.
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {error.object[error.start]!r} is half of a surrogate pair; write the whole "
+            "character"
+        ) from error
     except ValueError as error:
         raise DataError(f"{where}: not a line of JSON ({error}); one object per line") from error
     if not isinstance(row, dict):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax.core.lineage import same_lineage, shown
 from opd_jax.data.records import Record
 from opd_jax.data.store_arrays import SHARD_TOKENS, Field
 from opd_jax.data.store_files import StoreFiles
@@ -33,17 +34,21 @@ FIELDS = (
 
 
 def _settle_document(files: StoreFiles, key: str, meta: dict[str, Any]) -> None:
-    """Writes `meta` once; an equal one that is there already is kept, another one refused."""
+    """Writes `meta` once; an equal one that is there already is kept, another one refused.
+
+    Models are equal when their fingerprints are: a folder that has moved is no other model.
+    """
     wanted = json.loads(json.dumps(meta))
     if not files.exists(key):
         files.write_document(key, {"meta": wanted})
     found = files.read_document(key, "delete that folder and run again")["meta"]
     for name in sorted({*found, *wanted}):
-        if name not in found or name not in wanted or found[name] != wanted[name]:
-            raise DataError(
-                f"{files.path(key)}: {name!r} is {found.get(name)!r}, this run has"
-                f" {wanted.get(name)!r}; choose another folder or delete this one"
-            )
+        if name in found and name in wanted and same_lineage(found[name], wanted[name]):
+            continue
+        raise DataError(
+            f"{files.path(key)}: {name!r} is {shown(found.get(name))}, this run has"
+            f" {shown(wanted.get(name))}; choose another folder or delete this one"
+        )
 
 
 def create_store(root: str | os.PathLike[str], meta: dict[str, Any]) -> Store:

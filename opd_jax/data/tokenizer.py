@@ -28,6 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
+MODEL_CONFIG_FILE = "config.json"
 _COPIED = (
     TOKENIZER_FILE,
     CONFIG_FILE,
@@ -146,6 +147,19 @@ class Tokenizer:
                     shutil.copyfile(self._source / name, folder / name)
         else:
             self._write(folder)
+        self._write_generation(folder)
+
+    def _write_generation(self, folder: Path) -> None:
+        """Keep a generation config that names every end token; else write one that does."""
+        found = _read_json(folder / GENERATION_FILE)
+        if set(_listed(found.get("eos_token_id"))) == set(self.end_ids):
+            return
+        known = {
+            key: token
+            for key in ("bos_token_id", "pad_token_id")
+            if (token := getattr(self._fast, key)) is not None
+        }
+        _dump(folder / GENERATION_FILE, known | found | {"eos_token_id": list(self.end_ids)})
 
     def _write(self, folder: Path) -> None:
         fast = self._fast
@@ -156,7 +170,6 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
         config["clean_up_tokenization_spaces"] = False
         _dump(folder / CONFIG_FILE, config)
-        _dump(folder / GENERATION_FILE, {"eos_token_id": list(self.end_ids)})
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -239,12 +252,21 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _end_ids(folder: Path) -> list[int]:
+    """Of the generation config; where that names none, of the model's, as in transformers."""
     path = folder / GENERATION_FILE
-    ids = _read_json(path).get("eos_token_id") or []
-    ids = [ids] if isinstance(ids, int) else ids
+    ids = _read_json(path).get("eos_token_id")
+    if ids is None:
+        path = folder / MODEL_CONFIG_FILE
+        ids = _read_json(path).get("eos_token_id")
+    ids = _listed(ids)
     if not all(isinstance(token, int) and token >= 0 for token in ids):
         raise ModelError(f"{path}: eos_token_id={ids!r} is no list of token ids")
     return ids
+
+
+def _listed(ids: Any) -> list[Any]:
+    """Nothing, one token id or several, as a list."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,13 @@ _CLASS_NAMES: dict[Family, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+# Where config.json leaves it out, transformers' default.
+_POSITIONS: dict[Family, int] = {
+    "llama": 2048,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "qwen3_moe": 32768,
+}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -89,11 +96,15 @@ def architecture_from_hf(config: Mapping[str, Any], where: str) -> Architecture:
         num_kv_heads=kv_heads,
         head_dim=_head_dim(config, family, where),
         rope_theta=rope_theta,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=_norm_eps(config, where),
+        tie_embeddings=_switch(config, "tie_word_embeddings", where),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        max_position=int(config.get("max_position_embeddings", 2048)),
+        max_position=_positive(
+            config.get("max_position_embeddings", _POSITIONS[family]),
+            "max_position_embeddings",
+            where,
+        ),
         rope_scaling=rope_scaling,
         **(_experts(config, where) if family == "qwen3_moe" else {}),
     )
@@ -159,9 +170,6 @@ def _experts(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ModelError(
             f"{where}: mlp_only_layers={_short(dense)} is not a list of layers below {depth}"
         )
-    normed = config.get("norm_topk_prob", False)
-    if not isinstance(normed, bool):
-        raise ModelError(f"{where}: norm_topk_prob={normed!r} is neither true nor false")
     return {
         "sparse_layers": tuple(
             layer for layer in range(depth) if (layer + 1) % step == 0 and layer not in dense
@@ -171,7 +179,7 @@ def _experts(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "expert_ffn_dim": _positive(
             config.get("moe_intermediate_size"), "moe_intermediate_size", where
         ),
-        "norm_topk_prob": normed,
+        "norm_topk_prob": _switch(config, "norm_topk_prob", where),
     }
 
 
@@ -190,6 +198,20 @@ def _positive(value: Any, key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"{where}: {key}={value!r} is not a positive integer")
     return value
+
+
+def _switch(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise ModelError(f"{where}: {key}={value!r} is neither true nor false")
+    return bool(value)
+
+
+def _norm_eps(config: Mapping[str, Any], where: str) -> float:
+    value = config.get("rms_norm_eps", 1e-6)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ModelError(f"{where}: rms_norm_eps={value!r} is not a number from 0 to 1")
+    return float(value)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:

@@ -36,7 +36,7 @@ def export_folder(
     model: LanguageModel,
     params: Params,
     tokenizer_source: TokenizerSource,
-    readme: str,
+    documents: Mapping[str, str],
     generation_config: Mapping[str, Any],
 ) -> None:
     """Write a folder that transformers loads; it appears under its name only when it is complete.
@@ -45,7 +45,7 @@ def export_folder(
     folder is replaced. All processes must call this; the first one writes.
 
     Args:
-        readme: the model card, with its front matter.
+        documents: name and text of further files: the model card `README.md`, the lineage.
         generation_config: laid over the one that comes with the tokenizer; its token ids also
             enter config.json.
     """
@@ -60,7 +60,8 @@ def export_folder(
         tokenizer_source.save(partial)
         generation = _write_generation_config(partial, generation_config)
         _write_json(partial / "config.json", _config(model, params, generation))
-        (partial / "README.md").write_text(readme, encoding="utf-8")
+        for name, text in documents.items():
+            (partial / name).write_text(text, encoding="utf-8")
         _replace(partial, folder)
 
 

@@ -26,6 +26,7 @@ from opd_jax.teacher.consistency import check_same_tokenizer, check_vocabulary_r
 from opd_jax.train import checkpoint
 
 Role = Literal["student", "teacher"]
+ROLES: tuple[Role, ...] = ("student", "teacher")
 Split = Literal["sft", "opd", "eval"]
 EncodedPrompt = tuple[str, list[int]]
 NOT_INPUTS = frozenset({"slots", "save_every", "micro_batch_size", "batch_tokens"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from opd_jax.core.distributed import barrier
@@ -31,7 +32,9 @@ def run(ctx: RunContext, name: str) -> Outcome:
     model, params = ctx.trained(name)
     folder = _folder(ctx, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    export_folder(folder, model, params, ctx.tokenizer("student"), _card(ctx, name), {})
+    lineage = json.dumps(ctx.lineage(name), indent=1) + "\n"
+    documents = {"README.md": _card(ctx, name), "lineage.json": lineage}
+    export_folder(folder, model, params, ctx.tokenizer("student"), documents, {})
     barrier("exported")
     return Outcome({"folder": str(folder)}, {})
 

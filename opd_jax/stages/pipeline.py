@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from opd_jax.config import Config, LoopConfig, SamplingConfig
+from opd_jax.config import Config, EvaluateConfig, LoopConfig, SamplingConfig
 from opd_jax.config_load import dump_config
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
@@ -23,7 +23,7 @@ from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
 from opd_jax.stages.common import Stage
-from opd_jax.stages.context import RunContext
+from opd_jax.stages.context import ROLES, RunContext, Split
 from opd_jax.stages.records import Json, StageRecords
 from opd_jax.stages.summary import write_summary
 
@@ -84,13 +84,11 @@ def run(
         return
     with run_lock(ctx.run_dir):
         say(f"run_dir {_shown(ctx.run_dir)}, {_devices()}")
-        _check_prompts(ctx)
+        _check_inputs(ctx, {name.split(".")[0] for name in chosen})
         for stage in all_stages:
-            if stage.name in forced:
-                ctx.records.forget(stage.name, stage.artefacts())
             barrier(stage.name)
             if stage.name in chosen:
-                _run_stage(ctx, stage)
+                _run_stage(ctx, stage, forced=stage.name in forced)
                 ctx.release_models()
         _report(ctx, names, tables=stages is None or "report" in stages)
 
@@ -135,14 +133,53 @@ def _check_batches(config: Config, ways: int) -> None:
             )
 
 
-def _check_prompts(ctx: RunContext) -> None:
-    """What is wrong with a prompt file, or too little in it, is said before hours of work."""
+def _check_inputs(ctx: RunContext, kinds: set[str]) -> None:
+    """What is wrong with a prompt file or a vocabulary is said before hours of work.
+
+    Args:
+        kinds: of the chosen stages; what only others need may be missing.
+    """
     config = ctx.config
-    _check_enough(len(ctx.encoded_prompts("sft")), config.answer, {"sft": config.sft})
-    runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-    stored = {key: run for key, run in runs.items() if run.algorithm == "lightning_opd"}
-    _check_enough(len(ctx.encoded_prompts("opd")), config.rollout, stored)
-    ctx.encoded_prompts("eval")
+    if kinds & {"answer", "sft", "rollout", "score"}:
+        _check_vocabulary(ctx)
+    if kinds & {"answer", "sft"}:
+        _check_enough(_fitting(ctx, "sft", config.answer), config.answer, {"sft": config.sft})
+    if kinds & {"rollout", "train"}:
+        runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
+        stored = {key: run for key, run in runs.items() if run.algorithm == "lightning_opd"}
+        _check_enough(_fitting(ctx, "opd", config.rollout), config.rollout, stored)
+    if "evaluate" in kinds:
+        _fitting(ctx, "eval", config.evaluate)
+        _check_answers(ctx)
+
+
+def _fitting(ctx: RunContext, split: Split, sampling: SamplingConfig | EvaluateConfig) -> int:
+    """How many prompts a split has; raises DataError if one leaves no room for its response."""
+    prompts, new = ctx.encoded_prompts(split), sampling.max_new_tokens
+    longest, ids = max(prompts, key=lambda prompt: len(prompt[1]))
+    for role in ROLES:
+        positions = ctx.program(role).arch.max_position
+        if len(ids) + new > positions:
+            raise DataError(
+                f"{getattr(ctx.config.prompts, split)}: prompt '{longest}' has {len(ids)} tokens; "
+                f"with max_new_tokens={new} that exceeds the {positions} positions of the {role}, "
+                f"{ctx.path(role)}; shorten the prompt, or lower max_new_tokens"
+            )
+    return len(prompts)
+
+
+def _check_vocabulary(ctx: RunContext) -> None:
+    for role in ROLES:
+        rows, path = ctx.program(role).arch.vocab_size, ctx.path(role)
+        ctx.tokenizer(role).check_vocabulary(rows, path)
+    top_k, rows = ctx.config.score.top_k, ctx.program("teacher").arch.vocab_size
+    if top_k > rows:
+        raise ConfigError(
+            f"score.top_k={top_k} is more than the teacher's vocabulary of {rows}; lower it"
+        )
+
+
+def _check_answers(ctx: RunContext) -> None:
     prompts = ctx.prompts("eval")
     missing = [prompt.id for prompt in prompts if prompt.answer is None]
     if missing and ctx.config.evaluate.grader != "none":
@@ -180,8 +217,11 @@ def _select(names: Sequence[str], wanted: Sequence[str] | None, flag: str) -> li
     return [name for name in names if name in wanted or name.split(".")[0] in wanted]
 
 
-def _run_stage(ctx: RunContext, stage: Stage) -> None:
+def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
     inputs = stage.inputs()
+    if forced:
+        ctx.records.set_aside(stage.name, stage.artefacts())
+        barrier(f"aside {stage.name}")
     here = [path.exists() for path in stage.artefacts()]
     if not any(here):
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
@@ -193,9 +233,13 @@ def _run_stage(ctx: RunContext, stage: Stage) -> None:
         return
     barrier(f"start of {stage.name}")
     _write_config(ctx)
-    with _timed(ctx, stage.name, inputs) as elapsed:
-        outcome = stage.run()
-        seconds = elapsed()
+    try:
+        with _timed(ctx, stage.name, inputs) as elapsed:
+            outcome = stage.run()
+            seconds = elapsed()
+    except BaseException:
+        ctx.records.put_back(stage.name, stage.artefacts())
+        raise
     barrier(f"end of {stage.name}")
     ctx.records.finish(
         stage.name,
@@ -208,6 +252,7 @@ def _run_stage(ctx: RunContext, stage: Stage) -> None:
             "peak_host_gib": peak_host_gib(),
         },
     )
+    ctx.records.drop_aside(stage.name, stage.artefacts())
 
 
 def peak_host_gib() -> float:

@@ -118,18 +118,42 @@ class StageRecords:
         if is_first():
             self._started(name).unlink(missing_ok=True)
 
-    def forget(self, name: str, artefacts: list[Path]) -> None:
-        """Remove what a stage wrote, then its record. Each folder leaves in one rename."""
+    def set_aside(self, name: str, artefacts: list[Path]) -> None:
+        """Put away what a stage wrote, and then its record, until the stage is complete again."""
         if not is_first():
             return
-        for path in artefacts:
-            if path.is_dir():
-                doomed = path.with_name(f".{path.name}.removed")
-                shutil.rmtree(doomed, ignore_errors=True)
-                path.rename(doomed)
-                shutil.rmtree(doomed)
-        self._final(name).unlink(missing_ok=True)
+        for path in [*artefacts, self._final(name)]:
+            if path.exists():
+                _remove(_aside(path))
+                path.rename(_aside(path))
         self._started(name).unlink(missing_ok=True)
+
+    def put_back(self, name: str, artefacts: list[Path]) -> None:
+        """Undo `set_aside`, unless something new has been written since."""
+        if not is_first() or any(path.exists() for path in artefacts):
+            return
+        for path in [*artefacts, self._final(name)]:
+            if _aside(path).exists():
+                _aside(path).rename(path)
+                self._started(name).unlink(missing_ok=True)
+
+    def drop_aside(self, name: str, artefacts: list[Path]) -> None:
+        """Remove what `set_aside` put away."""
+        if is_first():
+            for path in [*artefacts, self._final(name)]:
+                _remove(_aside(path))
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _remove(path: Path) -> None:
+    """A folder or a file, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _differences(old: Any, new: Any, at: str = "") -> list[tuple[str, str, str]]:

@@ -123,7 +123,7 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     teacher_model, teacher_params = ctx.model("teacher")
     teacher = LiveTeacher(
         model=ctx.program("student"),
-        scorer=Scorer(teacher_model, teacher_params, support),
+        scorer=Scorer(teacher_model, teacher_params, support, ctx.config.score.batch_tokens),
         prompts=sorted(ctx.encoded_prompts("opd")),  # a snapshot's order
         sampling=ctx.config.rollout,
         end_ids=ctx.tokenizer("student").end_ids,

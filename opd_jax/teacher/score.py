@@ -1,7 +1,8 @@
 """The teacher's log-probs of stored responses, in batches of similar length.
 
-Which records share a batch follows from the snapshot alone, and only whole batches are committed: a
-pass that was killed and continued ends with the same bits as an undisturbed one.
+Which records share a batch follows from the snapshot, `batch_tokens` and the mesh alone, and a
+batch is always computed whole: a pass that was killed and continued ends with the same bits as an
+undisturbed one.
 """
 
 from __future__ import annotations
@@ -45,8 +46,29 @@ class Scorer:
                 f"{self.model.arch.vocab_size}; make it smaller"
             )
 
+    def rows(self, length: int) -> int:
+        """How many rows of that length make a batch; a multiple of what the mesh cuts rows into."""
+        mesh = self.model.mesh
+        ways = 1 if mesh is None else axis_size(mesh, "batch")
+        return max(self.batch_tokens // length // ways, 1) * ways
+
+    def score_all(self, records: Sequence[Record], length: int) -> list[Scores]:
+        """Score records in their order, in batches of `batch_tokens`."""
+        rows = min(self.rows(length), len(records))
+        return [
+            scores
+            for start in range(0, len(records), rows)
+            for scores in self.score(records[start : start + rows], length, rows)
+        ]
+
     def score(self, records: Sequence[Record], length: int, rows: int) -> list[Scores]:
-        """Score records in one batch of `rows` x `length` tokens; missing rows are padding."""
+        """Score records in one batch of `rows` x `length` tokens; missing rows are padding.
+
+        Raises:
+            DataError: a token the teacher has no row for, or a score that is no log-prob.
+        """
+        for record in records:
+            _check_ids(record, self.model.arch.vocab_size)
         filled = [*records, *[records[-1]] * (rows - len(records))]
         batch = padded_rows(filled, length)
         names = ("input_bt", "target_bt", "positions_bt")
@@ -68,6 +90,16 @@ class Scorer:
             logprob,
             np.asarray(out.ids_btk[row, columns], np.int32),
             np.minimum(out.logprob_btk[row, columns], 0.0).astype(np.float16),
+        )
+
+
+def _check_ids(record: Record, vocab_size: int) -> None:
+    """A student may have more embedding rows than the teacher, but must not use them."""
+    largest = max(int(ids.max(initial=0)) for ids in (record.prompt_ids, record.response_ids))
+    if largest >= vocab_size:
+        raise DataError(
+            f"teacher: record '{record.prompt_id}'/{record.sample_index} has token {largest}, the "
+            f"teacher's vocabulary ends at {vocab_size - 1}; cut the student's rows beyond that"
         )
 
 
@@ -118,12 +150,10 @@ def score_batches(tokens_r: np.ndarray, scorer: Scorer) -> Iterator[ScoreBatch]:
     Args:
         tokens_r: prompt + response tokens of every record.
     """
-    mesh = scorer.model.mesh
-    ways = 1 if mesh is None else axis_size(mesh, "batch")
     order = np.argsort(tokens_r, kind="stable")
     buckets = np.array([length_bucket(int(n) - 1) for n in tokens_r[order]])
     for length in np.unique(buckets):
         members = order[buckets == length]
-        rows = max(scorer.batch_tokens // int(length) // ways, 1) * ways
+        rows = scorer.rows(int(length))
         for start in range(0, len(members), rows):
             yield ScoreBatch(tuple(members[start : start + rows].tolist()), int(length), rows)

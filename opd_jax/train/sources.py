@@ -94,24 +94,28 @@ class LiveTeacher:
 def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
     """Fresh samples of the current student, scored by the teacher as they come.
 
-    Prompts come in the order in which `offline_source` would give them; where the samples come
-    from is the only difference between the two.
+    Prompts come in the order in which `offline_source` would give their samples; where the samples
+    come from is the only difference between the two.
     """
-    order = step_order(len(live.prompts), loop.batch_size, live.seed)
+    samples_each = live.sampling.samples_per_prompt
+    order = step_order(len(live.prompts) * samples_each, loop.batch_size, live.seed)
     longest = max(len(ids) for _, ids in live.prompts) + live.sampling.max_new_tokens
     length = bucket_length(longest - 1)
 
     def next_batch(step: int, params: Params) -> Batch:
         first = step * loop.batch_size
         picked = [order[first + i] for i in range(loop.batch_size)]
-        chosen = [live.prompts[index] for index in picked if index is not None]
-        requests = [Request(name, step, np.asarray(ids, np.int32)) for name, ids in chosen]
+        requests = []
+        for place in (place for place in picked if place is not None):
+            name, ids = live.prompts[place // samples_each]
+            index = step * samples_each + place % samples_each  # new at every step
+            requests.append(Request(name, index, np.asarray(ids, np.int32)))
         samples = generate(
             live.model, params, requests, live.sampling, live.end_ids, live.seed, live.model.mesh
         )
-        done = {sample.request.prompt_id: to_record(sample) for sample in samples}
-        records = [done[name] for name, _ in chosen]
-        return opd_batch(records, live.scorer.score(records, length, len(records)), length, support)
+        done = {(s.request.prompt_id, s.request.sample_index): to_record(s) for s in samples}
+        records = [done[request.prompt_id, request.sample_index] for request in requests]
+        return opd_batch(records, live.scorer.score_all(records, length), length, support)
 
     return lambda _start: next_batch
 

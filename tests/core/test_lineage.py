@@ -3,7 +3,13 @@ import numpy as np
 from models import tiny
 
 from opd_jax.config import MeshConfig
-from opd_jax.core.lineage import Identity, fingerprint_json, fingerprint_params
+from opd_jax.core.lineage import (
+    Identity,
+    fingerprint_json,
+    fingerprint_params,
+    same_lineage,
+    shown,
+)
 from opd_jax.core.mesh import make_mesh
 from opd_jax.core.rng import key_for, stable_hash
 
@@ -44,3 +50,12 @@ def test_keys_are_the_same_on_every_machine_and_in_every_version():
     """Golden: to be updated only with a note that stored samples can no longer be drawn again."""
     assert stable_hash("opd") == 826847230
     assert jax.random.key_data(key_for(3, "s", 4)).tolist() == [4260865083, 2073784801]
+
+
+def test_a_model_that_moved_has_the_same_lineage():
+    here, there = Identity("a/b", "w", "a", "t").to_json(), Identity("c", "w", "a", "t").to_json()
+    assert same_lineage({"generator": here, "seed": 1}, {"generator": there, "seed": 1})
+    assert not same_lineage({"generator": here, "seed": 1}, {"generator": there, "seed": 2})
+    assert not same_lineage({"generator": here}, {"generator": there, "seed": 2})
+    assert not same_lineage(here, Identity("a/b", "w2", "a", "t").to_json())
+    assert shown(here) == f"a/b ({here['fingerprint'][:12]})"

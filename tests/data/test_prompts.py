@@ -47,6 +47,8 @@ def test_limit_reads_no_further(tmp_path):
         ({"id": "b", "messages": [{"role": "user"}]}, ["'content'"]),
         ({"id": "b", "messages": [{"role": "assistant", "content": "x"}]}, ["assistant"]),
         ({"id": "b", "prompt": "x", "answer": [4]}, ["answer=[4]", "quotes"]),
+        ({"id": "b", "prompt": "half \ud83d of it"}, ["'\\ud83d'", "surrogate"]),
+        ({"id": "\udc00", "prompt": "x"}, ["'\\udc00'", "surrogate"]),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, words):

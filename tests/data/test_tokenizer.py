@@ -93,7 +93,7 @@ def test_fingerprint_sees_merges_template_and_end_tokens(tmp_path):
 
 
 def test_saved_files_are_copies(tmp_path):
-    source = write_tokenizer(tmp_path / "in", generation={"eos_token_id": STOP})
+    source = write_tokenizer(tmp_path / "in", generation={"eos_token_id": [STOP, END]})
     (source / "model.safetensors").write_text("weights")
     loaded = load_tokenizer(source)
     out = tmp_path / "out"
@@ -165,3 +165,20 @@ def test_broken_folders_are_one_line(tmp_path):
     assert "eos_token_id" in _broken(tmp_path, "generation_config.json", wrong)
     with pytest.raises(ModelError, match="no such model folder"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_end_ids_of_the_model_config_where_the_generation_config_names_none(tmp_path):
+    folder = write_tokenizer(tmp_path, generation={"temperature": 0.6})
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [STOP]}))
+    assert load_tokenizer(folder).end_ids == (END, STOP)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert load_tokenizer(folder).end_ids == (0, END)
+
+
+@pytest.mark.parametrize("generation", [None, {"temperature": 0.6, "eos_token_id": STOP}])
+def test_a_saved_tokenizer_names_every_end_token(tmp_path, generation):
+    loaded = load_tokenizer(write_tokenizer(tmp_path / "in", generation=generation))
+    (tmp_path / "out").mkdir()
+    loaded.save(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == (generation or {}) | {"eos_token_id": list(loaded.end_ids)}

@@ -149,3 +149,27 @@ def test_written_config_reads_back_as_the_same_architecture(family, tied):
     assert architecture_from_hf(json.loads(json.dumps(written)), "there") == arch
     assert written["eos_token_id"] == [1, 2]
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": None},
+        {"max_position_embeddings": "long"},
+        {"rms_norm_eps": None},
+        {"rms_norm_eps": "1e-6"},
+        {"tie_word_embeddings": "yes"},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_is_named(changes):
+    ((key, value),) = changes.items()
+    with pytest.raises(ModelError, match=rf"here: {key}={value!r} is (not|neither)"):
+        architecture_from_hf(CONFIG | changes, "here")
+
+
+@pytest.mark.parametrize(("family", "positions"), [("llama", 2048), ("qwen3", 32768)])
+def test_positions_that_are_left_out_are_transformers_default(family, positions):
+    config = CONFIG | {"model_type": family}
+    config.pop("max_position_embeddings", None)
+    assert architecture_from_hf(config, "here").max_position == positions

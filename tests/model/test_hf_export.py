@@ -28,7 +28,8 @@ class BrokenTokenizer:
 
 
 def _export(folder, model, params, tokenizer=None):
-    export_folder(folder, model, params, tokenizer or FakeTokenizer(), "# Card\n", {"top_p": 1.0})
+    card = {"README.md": "# Card\n"}
+    export_folder(folder, model, params, tokenizer or FakeTokenizer(), card, {"top_p": 1.0})
 
 
 def _bytes(folder):

@@ -220,7 +220,7 @@ def test_export_loads_in_transformers(tmp_path, case):
     theirs = _random_hf_model(tmp_path / "in", case)
     model, params = read_model(tmp_path / "in")
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
-    export_folder(tmp_path / "out", model, params, tokenizer, "# Card\n", {})
+    export_folder(tmp_path / "out", model, params, tokenizer, {}, {})
     again, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype="float32"
     )
@@ -235,7 +235,7 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     model, params = read_model(tmp_path / "m.gguf")
     ours = load_tokenizer(tmp_path / "m.gguf")
-    export_folder(tmp_path / "out", model, params, ours, "# Card\n", {})
+    export_folder(tmp_path / "out", model, params, ours, {}, {})
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "<|start|>user\nhello  12\n\n12 é<think>日本<|end|>"
     assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)

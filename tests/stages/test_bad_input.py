@@ -55,7 +55,9 @@ def test_unknown_architecture(refused, teacher):
 def test_truncated_safetensors(refused, teacher):
     path = teacher / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    assert "model.safetensors" in refused(f"model.teacher={teacher}")
+    text = refused(f"model.teacher={teacher}")
+    assert f"{path}" in text
+    assert "truncated" in text
 
 
 def test_missing_and_misshapen_tensor(refused, teacher):
@@ -130,6 +132,19 @@ def test_unusable_prompts_are_refused_before_any_work(refused, tmp_path, split, 
         "".join(f'{{"id": "{i}", "prompt": "{"1" * size}", "answer": 7}}\n' for i in range(rows))
     )
     assert words in refused(f"prompts.{split}={path}")
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_work(refused, teacher, tmp_path):
+    edit_config(teacher, max_position_embeddings=74)
+    text = refused(f"model.teacher={teacher}", "evaluate.max_new_tokens=60")
+    assert "with max_new_tokens=60 that exceeds the 74 positions of the teacher" in text
+    assert "prompts_eval.jsonl: prompt '" in text
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_a_top_k_beyond_the_vocabulary_is_refused_before_any_work(refused, tmp_path):
+    assert "score.top_k=25 is more than the teacher's vocabulary of 24" in refused("score.top_k=25")
     assert not (tmp_path / "run" / "answers").exists()
 
 

@@ -202,6 +202,40 @@ def test_a_flipped_bit_in_the_store_is_an_error(copy_of, capsys):
     assert "rollouts" in text
 
 
+def test_a_forced_stage_that_is_refused_keeps_what_it_had(copy_of, capsys):
+    words = arguments(copy_of, RUNS, *MESH)
+    other = [*words, "model.teacher=/no/such/model", "--stages", "answer", "--force", "answer"]
+    assert "no such model folder" in error_of(capsys, other)
+    other = [*words, "model.teacher=configs/quickstart/student"]
+    forced = [*other, "--stages", "train.opd_online", "--force", "train.opd_online"]
+    assert "teacher mismatch" in error_of(capsys, forced)
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("done before") == 19
+
+
+def test_a_forced_stage_that_was_killed_leaves_nothing_of_the_old_one(copy_of):
+    words = [*arguments(copy_of, RUNS, *MESH), "--stages", "export.opd"]
+    assert main([*words, "--force", "export"]) == 2  # outside --stages: nothing happens
+    folder, record = copy_of / "export" / "opd", copy_of / "stages" / "export.opd.json"
+    folder.rename(folder.with_name(".opd.replaced"))
+    record.rename(record.with_name(".export.opd.json.replaced"))
+    assert main(words) == 0
+    assert record.is_file()
+    assert not list(copy_of.rglob(".*.replaced"))
+
+
+def test_a_report_needs_no_prompts_and_no_models(copy_of, capsys):
+    words = arguments(copy_of, RUNS, *MESH, "prompts.eval=/gone", "prompts.sft=/gone")
+    assert main([*words, "--stages", "report"]) == 0
+    assert "accuracy %" in capsys.readouterr().out
+
+
+def test_an_export_carries_its_lineage(finished):
+    exported = json.loads((finished / "export" / "opd" / "lineage.json").read_text())
+    assert exported == json.loads((finished / "checkpoints" / "opd" / "lineage.json").read_text())
+    assert exported["teacher"]["fingerprint"] == exported["student"]["sft_teacher"]["fingerprint"]
+
+
 def test_a_stage_without_its_inputs_says_which(tmp_path, capsys):
     text = error_of(capsys, arguments(tmp_path / "new", "--stages", "rollout"))
     assert "stage 'rollout' needs stage 'sft'" in text

@@ -123,3 +123,24 @@ def test_more_top_k_than_vocabulary():
     model, params = tiny()
     with pytest.raises(ModelError, match="top_k=65 is more than the teacher's vocabulary of 64"):
         Scorer(model, params, top_k=65)
+
+
+def test_all_at_once_and_in_batches_give_the_same_scores():
+    model, params = tiny()
+    records = make_records(7)
+    whole = Scorer(model, params, top_k=2, batch_tokens=48 * 8).score_all(records, 48)
+    pieces = Scorer(model, params, top_k=2, batch_tokens=48 * 3).score_all(records, 48)
+    assert len(whole) == len(pieces) == 7
+    for record, a, b in zip(records, whole, pieces, strict=True):
+        assert a.logprob.shape == record.response_ids.shape
+        np.testing.assert_allclose(a.logprob, b.logprob, atol=1e-5)
+        np.testing.assert_array_equal(a.topk_ids, b.topk_ids)
+
+
+def test_a_token_beyond_the_teachers_vocabulary_is_named():
+    model, params = tiny()
+    record = make_records(1)[0]
+    last = model.arch.vocab_size
+    record.response_ids[0] = last
+    with pytest.raises(DataError, match=rf"record 'p0'/0 has token {last}, .* ends at {last - 1}"):
+        Scorer(model, params).score([record], length=48, rows=1)

@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 from models import tiny
 
 from opd_jax.algo.logprobs import chosen_logprobs
@@ -77,6 +78,37 @@ def test_expected_sampled_gradient_is_the_enumerated_reverse_kl_s():
         return jnp.sum(term / count_after[None, :])
 
     want = jax.jit(jax.grad(stepwise_kl))(student)
+    for got_leaf, want_leaf in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got_leaf, want_leaf, atol=1e-5)
+
+
+def test_with_the_future_in_the_advantage_it_is_the_whole_reverse_kl_s():
+    """The enumerated reverse KL of whole sequences, its value and its gradient.
+
+    A token also moves the states that follow, which the method leaves out. Handed sum over t' >= t
+    of A_t' in place of A_t, the same step gives the gradient of the KL over all 125 sequences.
+    """
+    model, student, teacher, tokens = setup()
+    teacher_lp = np.asarray(sequence_logprobs(model, teacher, tokens))
+    student_lp = np.asarray(sequence_logprobs(model, student, tokens))
+    to_go = np.cumsum((teacher_lp - student_lp)[:, ::-1], axis=1)[:, ::-1]
+    probability = np.exp(student_lp.sum(axis=1, keepdims=True))
+    weight = np.broadcast_to(probability, student_lp.shape).astype(np.float32)
+    got = surrogate_gradient(model, student, batch_of(tokens, student_lp + to_go, weight))
+
+    def sequence_kl(params):
+        lp = sequence_logprobs(model, params, tokens).sum(axis=1)
+        return jnp.sum(jnp.exp(lp) * (lp - teacher_lp.sum(axis=1)))
+
+    value, want = jax.jit(jax.value_and_grad(sequence_kl))(student)
+    total = {
+        tuple(row[1:].tolist()): (float(a), float(b))
+        for row, a, b in zip(tokens, student_lp.sum(1), teacher_lp.sum(1), strict=True)
+    }
+    oracle = oracles.enumerated_reverse_kl(
+        lambda row: total[row][0], lambda row: total[row][1], VOCAB, LENGTH
+    )
+    np.testing.assert_allclose(value, oracle, rtol=1e-5)
     for got_leaf, want_leaf in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got_leaf, want_leaf, atol=1e-5)
 
