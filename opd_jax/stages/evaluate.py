@@ -83,11 +83,12 @@ def run(ctx: RunContext, name: str) -> Outcome:
         outputs["reverse_kl"] = _reverse_kl(
             records, [s.logprob for s in scores.read_many(snapshot, range(len(snapshot)))]
         )
+    tokens = int(snapshot.lengths()[1].sum())
     if config.greedy and config.grader != "none":
         _, greedy = sample(ctx, _task(ctx, name, greedy=True), {"kind": "evaluation"})
         outputs["eval"] |= _accuracy(ctx, _all(greedy), answers, "greedy_")
+        tokens += int(greedy.lengths()[1].sum())
     _write_samples(ctx, name, records, prompts)
-    tokens = sum(len(record.response_ids) for record in records)
     return Outcome(outputs, {"records": len(records), "tokens": tokens})
 
 

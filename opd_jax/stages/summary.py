@@ -21,7 +21,7 @@ def write_summary(ctx: RunContext, stages: list[str]) -> Json:
         stages: names in pipeline order.
     """
     records = {name: record for name in stages if (record := ctx.records.done(name))}
-    summary: Json = {"stages": {name: _cost(name, record) for name, record in records.items()}}
+    summary: Json = {"stages": {name: _cost(record) for name, record in records.items()}}
     summary |= {"eval": {}, "reverse_kl": {}, "reverse_kl_stderr": {}, "lineage": {}}
     for stage, record in records.items():
         kind, _, name = stage.partition(".")
@@ -41,9 +41,9 @@ def write_summary(ctx: RunContext, stages: list[str]) -> Json:
     return summary
 
 
-def _cost(name: str, record: Json) -> Json:
+def _cost(record: Json) -> Json:
     cost: Json = {"seconds": record["seconds"], **record["counts"]}
-    if "tokens" in cost and not name.startswith("evaluate."):  # it scores and answers greedily too
+    if "tokens" in cost:
         cost["tokens_per_second"] = round(cost["tokens"] / max(record["seconds"], 1e-9), 1)
     cost["device_hours"] = record["device_seconds"] / 3600
     cost["peak_host_gib"] = record.get("peak_host_gib")

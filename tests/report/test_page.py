@@ -78,7 +78,7 @@ def test_stages_come_from_the_summary_and_from_their_own_files(page):
     assert [name for name in rows if name in stages] == list(stages[:4])
     assert rows["train.opd"] == ["41.5", "290,304", "6,995", "0.0115"]
     assert rows["score"] == ["3.5", "7,000", "2,000", "0.0010"]
-    assert rows["evaluate.opd"] == ["1.0", "700", "–", "0.0003"]  # no speed: it scores as well
+    assert rows["evaluate.opd"] == ["1.0", "700", "700", "0.0003"]
 
 
 def test_every_metric_has_a_panel_with_a_title(page):

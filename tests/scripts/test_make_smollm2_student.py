@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_smollm2_student import find_gguf, without_layers, write_models
+from make_smollm2_student import PRUNING, find_gguf, read_pruning, without_layers, write_models
 
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.model.architecture import Architecture
@@ -33,6 +33,15 @@ def test_the_other_layers_keep_their_order_and_weights(tiny):
         for name, stacked in params[group].items():
             assert np.array_equal(weights[group][name], np.asarray(stacked)[[0, 2, 4]])
     assert weights["embed"] is params["embed"]
+
+
+def test_which_layers_go_is_a_config(tmp_path):
+    assert read_pruning(PRUNING) == [14, 18]
+    path = tmp_path / "p.yaml"
+    for text in ("", "drop_layers: 3", "drop_layers: [a]", "drop: [1]"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"write drop_layers: \[numbers of layers\]"):
+            read_pruning(path)
 
 
 def test_a_layer_that_does_nothing_can_go(tiny):

@@ -17,16 +17,19 @@ STAGES = (
     "score",
     "train.opd",
     "train.opd_topk",
+    "train.opd_online",
+    "train.sft_longer",
     "evaluate.opd",
     "export.opd",
 )
+RUNS = "train.enabled=[opd,opd_topk,opd_online,sft_longer]"
 LIMIT_SECONDS = 300
 TRIES = 5
 
 
 def start(run_dir, log):
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir)]
+    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, RUNS)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
@@ -93,7 +96,7 @@ def test_killed_once_in_each_stage_a_run_ends_with_the_same_parameters(tmp_path)
             kill_inside(killed, stage, log)
         assert start(killed, log).wait(LIMIT_SECONDS) == 0
     want, got = model_files(straight), model_files(killed)
-    assert len(want) == 2
+    assert len(want) == 4
     assert want.keys() == got.keys()
     for name in want:
         assert want[name] == got[name], name

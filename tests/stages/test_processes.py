@@ -29,6 +29,29 @@ def start(run_dir, devices, *more):
     )
 
 
+def losses(run_dir):
+    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {(x["stage"], x["run"], x["step"]): x["loss"] for x in lines}
+
+
+def assert_same_losses(one, other):
+    want, got = losses(one), losses(other)
+    assert want.keys() == got.keys()
+    assert len({run for _, run, _ in want}) == 3
+    for key, loss in want.items():
+        assert got[key] == pytest.approx(loss, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_four_devices_equal_one(tmp_path):
+    one, four = tmp_path / "one", tmp_path / "four"
+    for run_dir, devices in ((one, 1), (four, 4)):
+        process = start(run_dir, devices)
+        output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
+        assert process.returncode == 0, output
+    assert_same_losses(one, four)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -45,6 +68,7 @@ def test_two_processes_equal_one(tmp_path):
         for text in ((run / "summary.json").read_text() for run in (one, two))
     ]
     assert counts[0] == counts[1]  # the same samples, so the same number of tokens
+    assert_same_losses(one, two)
     for name in ("opd", "opd_topk"):
         want = load_file(one / "export" / name / "model.safetensors")
         got = load_file(two / "export" / name / "model.safetensors")
