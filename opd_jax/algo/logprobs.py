@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
 CHUNK_TOKENS = 1024
 LOWEST = -1e30  # finite: 0 * LOWEST is 0
+Pair = tuple[jax.Array, jax.Array]
+Triple = tuple[jax.Array, jax.Array, jax.Array]
+Start = jax.Array | int  # of a block: traced inside the loop, known after it
+Carry = TypeVar("Carry", bound=tuple[jax.Array, ...])
 
 
 class ChosenLogprobs(NamedTuple):
@@ -55,7 +59,8 @@ def chosen_logprobs(
     b, t, _ = hidden_btd.shape
     fitting = block_rows or max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards))
     rows = min(head_vd.shape[0] // shards, fitting)
-    lse_bt, entropy_bt = _normaliser(hidden_btd, head_vd, shards, rows)  # pyright: ignore[reportGeneralTypeIssues]
+    found = _normaliser(hidden_btd, head_vd, shards, rows)
+    lse_bt, entropy_bt = cast(Pair, found)  # `custom_vjp` hides the type
     logit_bts = _chosen_logits(hidden_btd, head_vd, ids_bts)
     return ChosenLogprobs(logit_bts - lse_bt[..., None], entropy_bt)
 
@@ -70,7 +75,7 @@ def top_k_logprobs(
     """Log-prob of the target and of the `k` likeliest tokens at every position. Forward only."""
     chunk = _chunk(hidden_btd, chunk_tokens)
 
-    def body(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TopK]:
+    def body(_: None, xs: Pair) -> tuple[None, TopK]:
         hidden, ids = xs
         logits = _logits(hidden, head_vd)
         lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -110,7 +115,7 @@ def _chosen_logits(hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array
     b, t, s = ids_bts.shape
     chunk = min(t, max(1, BLOCK_LOGITS // (b * s * hidden_btd.shape[-1])))
 
-    def body(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def body(xs: Pair) -> jax.Array:
         hidden_bcd, ids_bcs = xs
         rows_bcsd = jnp.take(head_vd, ids_bcs, axis=0)
         return jnp.einsum(
@@ -125,16 +130,18 @@ def _chosen_logits(hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _normaliser(
-    hidden_btd: jax.Array, head_vd: jax.Array, shards: int, rows: int
-) -> tuple[jax.Array, jax.Array]:
+def _normaliser(hidden_btd: jax.Array, head_vd: jax.Array, shards: int, rows: int) -> Pair:
     """Log-sum-exp and entropy at every position, float32; the entropy carries no gradient."""
     return _normaliser_fwd(hidden_btd, head_vd, shards, rows)[0]
 
 
 def _over_vocabulary(
-    head_vd: jax.Array, shards: int, rows: int, body: Callable, carry: tuple
-) -> tuple:
+    head_vd: jax.Array,
+    shards: int,
+    rows: int,
+    body: Callable[[jax.Array, Start, Carry], Carry],
+    carry: Carry,
+) -> Carry:
     """Run `body(head_ncd, start, carry)` over blocks of c rows of each of the n shards.
 
     Blocks of `rows` in a loop, then the smaller one that is left.
@@ -142,7 +149,7 @@ def _over_vocabulary(
     head_nvd = head_vd.reshape(shards, -1, head_vd.shape[-1])
     size = head_nvd.shape[1]
 
-    def block(j: jax.Array, carry: tuple) -> tuple:
+    def block(j: jax.Array, carry: Carry) -> Carry:
         head_ncd = jax.lax.dynamic_slice_in_dim(head_nvd, j * rows, rows, axis=1)
         return body(head_ncd, j * rows, carry)
 
@@ -157,9 +164,9 @@ def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array) -> jax.Array:
 
 def _normaliser_fwd(
     hidden_btd: jax.Array, head_vd: jax.Array, shards: int, rows: int
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+) -> tuple[Pair, Triple]:
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
-    def body(head_ncd: jax.Array, _: Any, carry: tuple) -> tuple:
+    def body(head_ncd: jax.Array, _: Start, carry: Triple) -> Triple:
         top_btn, total_btn, spread_btn = carry
         logits_btnc = _block_logits(hidden_btd, head_ncd)
         new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
@@ -180,13 +187,11 @@ def _normaliser_fwd(
     return (lse_bt, entropy_bt), (hidden_btd, head_vd, lse_bt)
 
 
-def _normaliser_bwd(
-    shards: int, rows: int, saved: tuple, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _normaliser_bwd(shards: int, rows: int, saved: Triple, cotangents: Pair) -> Pair:
     hidden_btd, head_vd, lse_bt = saved
     grad_bt = cotangents[0].astype(jnp.float32)
 
-    def body(head_ncd: jax.Array, start: Any, carry: tuple) -> tuple:
+    def body(head_ncd: jax.Array, start: Start, carry: Pair) -> Pair:
         hidden_grad_nbtd, head_grad_nvd = carry
         prob = jnp.exp(_block_logits(hidden_btd, head_ncd) - lse_bt[..., None, None])
         logit_grad = (prob * grad_bt[..., None, None]).astype(hidden_btd.dtype)

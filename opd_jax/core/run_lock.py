@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from opd_jax.core.distributed import is_first
@@ -19,7 +19,7 @@ except ImportError:  # no such locks on this system
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path) -> Generator[None]:
     """Hold the folder; the system lets go of it when the process ends, however it ends.
 
     Process 0 holds it for all. A file system without locks is not guarded.

@@ -116,7 +116,9 @@ def lay_out(
     return flat
 
 
-def write_array(files: StoreFiles, folder: str, flat: np.ndarray, field: Field, chunk: int) -> dict:
+def write_array(
+    files: StoreFiles, folder: str, flat: np.ndarray, field: Field, chunk: int
+) -> dict[str, Any]:
     """Writes one array at once, whole shards only, and returns what a commit must say of it."""
     metadata = array_metadata(field, chunk, flat.shape)
     store = ts.open(

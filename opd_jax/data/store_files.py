@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def shared_context() -> ts.Context:
 
 
 @contextmanager
-def damage_named(path: str, repair: str) -> Iterator[None]:
+def damage_named(path: str, repair: str) -> Generator[None]:
     """Turns what TensorStore raises inside into one line that names the file and the repair."""
     try:
         yield

@@ -13,6 +13,8 @@ MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
 BLOCK = 256
 SAVED = "attention"
 """Name of what the backward pass needs, for `jax.checkpoint` policies."""
+Pair = tuple[jax.Array, jax.Array]
+Triple = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attend(
@@ -94,10 +96,10 @@ def _tiled_fwd(
 ) -> tuple[jax.Array, _Saved]:
     b, k, g, t, h = q_bkgth.shape
 
-    def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def query_block(i: jax.Array) -> Pair:
         q, segments = _cut(q_bkgth, i, c, 3), _cut(segments_bt, i, c, 1)
 
-        def key_block(j: jax.Array, carry: tuple) -> tuple:
+        def key_block(j: jax.Array, carry: Triple) -> Triple:
             top, total, mixed = carry
             mask = _tile_mask(i, j, segments, _cut(segments_bt, j, c, 1))
             score = _tile_scores(q, _cut(keys_bksh, j, c, 2), mask)
@@ -134,13 +136,13 @@ def _tiled_bwd(
         "bkgth,bkgth->bkgt", grad_bkgth, mixed_bkgth, preferred_element_type=jnp.float32
     )
 
-    def query_block(carry: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
+    def query_block(carry: Pair, i: jax.Array) -> tuple[Pair, jax.Array]:
         q, grad, lse, delta = (
             _cut(x, i, c, 3) for x in (q_bkgth, grad_bkgth, lse_bkgt, delta_bkgt)
         )
         segments = _cut(segments_bt, i, c, 1)
 
-        def key_block(j: jax.Array, carry: tuple) -> tuple:
+        def key_block(j: jax.Array, carry: Triple) -> Triple:
             q_grad, key_grads, value_grads = carry
             keys, values = _cut(keys_bksh, j, c, 2), _cut(values_bksh, j, c, 2)
             mask = _tile_mask(i, j, segments, _cut(segments_bt, j, c, 1))
@@ -153,10 +155,10 @@ def _tiled_bwd(
             return q_grad, key_grads, value_grads
 
         start = (jnp.zeros(q.shape, jnp.float32), *carry)
-        q_grad, *carry_out = jax.lax.fori_loop(0, i + 1, key_block, start)
-        return tuple(carry_out), q_grad.astype(q_bkgth.dtype)
+        q_grad, key_grads, value_grads = jax.lax.fori_loop(0, i + 1, key_block, start)
+        return (key_grads, value_grads), q_grad.astype(q_bkgth.dtype)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys_bksh, values_bksh))
+    zeros = (jnp.zeros(keys_bksh.shape, jnp.float32), jnp.zeros(values_bksh.shape, jnp.float32))
     (key_grads, value_grads), q_grads = jax.lax.scan(query_block, zeros, jnp.arange(t // c))
     q_grad = jnp.moveaxis(q_grads, 0, 3).reshape(q_bkgth.shape)
     return q_grad, key_grads.astype(keys_bksh.dtype), value_grads.astype(values_bksh.dtype), None

@@ -67,10 +67,11 @@ def attend_rows(
         return plain(q_btnh, k_btkh, v_btkh, segments_bt)
     from opd_jax.model import attention_kernels  # Pallas takes a second to import
 
+    if name == "cudnn":  # chosen for unpacked rows only
+        return attention_kernels.cudnn_attention(q_btnh, k_btkh, v_btkh, None, mesh)
     kernels = {
         "splash": attention_kernels.splash_attention,
         "triton": attention_kernels.triton_attention,
-        "cudnn": attention_kernels.cudnn_attention,
     }
     return kernels[name](q_btnh, k_btkh, v_btkh, segments_bt, mesh)
 

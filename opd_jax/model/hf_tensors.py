@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ TENSORS: dict[str, HFTensor] = {
 }
 
 
-def tensor_of(path: tuple, arch: Architecture) -> HFTensor:
+def tensor_of(path: jax.tree_util.KeyPath[Any], arch: Architecture) -> HFTensor:
     """The entry of a parameter by its `jax.tree_util` key path."""
     stacks = {"dense": arch.dense_layers, "moe": arch.sparse_layers}
     layers = stacks.get(path[0].key, range(arch.num_layers))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -156,7 +157,7 @@ def write_safetensors(
 ) -> None:
     """One file of tensors of one dtype; `arrays` come in the order of `shapes`, one at a time."""
     kind = next(kind for kind, known in _FLOATS.items() if known == dtype)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize

@@ -46,12 +46,12 @@ class ForwardOutput(NamedTuple):
 
 def _weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int
-) -> nnx.Param:
+) -> nnx.Param[jax.Array]:
     value = jax.random.normal(rngs.params(), shape) * fan_in**-0.5
     return nnx.Param(value, axes=axes, decay=True)
 
 
-def _constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+def _constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param[jax.Array]:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=False)
 
 
@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _declaration(arch: Architecture) -> nnx.State:
+def _declaration(arch: Architecture) -> nnx.State[str, Any]:
     return nnx.state(nnx.eval_shape(lambda: Decoder(arch, nnx.Rngs(0))), nnx.Param)
 
 
@@ -156,10 +156,10 @@ class LanguageModel:
             ConfigError: the mesh does not divide a parameter.
         """
 
-        def leaf(name: str, param: nnx.Param) -> jax.ShapeDtypeStruct:
-            axes = param.get_metadata("axes")
-            sharding = self.mesh and sharding_for(self.mesh, axes, param.shape, name)
-            return jax.ShapeDtypeStruct(param.shape, jnp.dtype(dtype), sharding=sharding)
+        def leaf(name: str, param: nnx.Param[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+            axes, shape = param.get_metadata("axes"), param.get_value().shape
+            sharding = self.mesh and sharding_for(self.mesh, axes, shape, name)
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
         return self._map(leaf)
 

@@ -66,6 +66,8 @@ class Round(NamedTuple):
 
 
 Host = TypeVar("Host", First, Round)
+Carry = tuple[jax.Array | int, State, jax.Array, jax.Array]
+"""Of a decode round: steps done (at first a plain 0), and the tokens and log-probs drawn."""
 
 
 class Drawn(NamedTuple):
@@ -130,14 +132,14 @@ def decode_round(
     """
     shape = (program.round_steps, program.slots)
 
-    def body(carry: tuple) -> tuple:
+    def body(carry: Carry) -> Carry:
         step, state, token_rb, logprob_rb = carry
         state, drawn = _decode_step(program, params, state)
         token_rb = jax.lax.dynamic_update_index_in_dim(token_rb, drawn.token_b, step, 0)
         logprob_rb = jax.lax.dynamic_update_index_in_dim(logprob_rb, drawn.logprob_b, step, 0)
         return step + 1, state, token_rb, logprob_rb
 
-    def proceed(carry: tuple) -> jax.Array:
+    def proceed(carry: Carry) -> jax.Array:
         step, state, *_ = carry
         done = jnp.sum(state.done_b)
         return (step < program.round_steps) & (done < wake) & (done < program.slots)

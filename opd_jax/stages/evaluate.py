@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from opd_jax.config import SamplingConfig
 from opd_jax.core.distributed import is_first
 from opd_jax.data.prompts import Prompt
@@ -121,7 +123,7 @@ def _thought_and_answer(ctx: RunContext, record: Record) -> str:
     return f"<think>{response}" if prompt.rstrip().endswith("<think>") else response
 
 
-def _reverse_kl(records: Sequence[Record], teacher: Sequence) -> Json:
+def _reverse_kl(records: Sequence[Record], teacher: Sequence[np.ndarray]) -> Json:
     found = reverse_kl_estimate(
         [record.student_logprob for record in records],
         teacher,

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -261,7 +261,7 @@ def peak_host_gib() -> float:
 
 
 @contextlib.contextmanager
-def _timed(ctx: RunContext, name: str, inputs: Json) -> Iterator[Callable[[], float]]:
+def _timed(ctx: RunContext, name: str, inputs: Json) -> Generator[Callable[[], float]]:
     """The seconds a stage has taken, interrupted tries included; noted on disk as they pass."""
     earlier = ctx.records.start(name, inputs)
     began = time.monotonic()
