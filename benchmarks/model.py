@@ -93,7 +93,7 @@ def score_ours(folder):
     @jax.jit
     def score(params, batch):
         hidden = model.forward(params, batch["input_bt"], batch["positions_bt"]).hidden_btd
-        head, ids = model.head(params), batch["target_bt"][..., None]
+        head, ids = model.head_parameter(params), batch["target_bt"][..., None]
         return chosen_logprobs(hidden, head, ids).logprob_bts
 
     serve(lambda: float(score(params, batch).mean()))

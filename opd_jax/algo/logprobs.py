@@ -2,26 +2,27 @@
 
 The logits of a block of the vocabulary exist at a time, for all tokens; the backward pass computes
 them again. So every row of the head is read once, and its gradient written once. The log-sum-exp
-and the head's gradient are float32, over the true vocabulary, whatever its size.
+and the head's gradient are float32, over the true vocabulary, whatever its size. The head comes as
+the parameter it is: it is cast and gathered here, so that its gradient is never rounded to the
+compute dtype, in which a frequent token's sum would stop growing.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from opd_jax.core.mesh import axis_size, constrain
 
 BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
 CHUNK_TOKENS = 1024
 LOWEST = -1e30  # finite: 0 * LOWEST is 0
-Pair = tuple[jax.Array, jax.Array]
-Triple = tuple[jax.Array, jax.Array, jax.Array]
-Start = jax.Array | int  # of a block: traced inside the loop, known after it
-Carry = TypeVar("Carry", bound=tuple[jax.Array, ...])
 
 
 class ChosenLogprobs(NamedTuple):
@@ -35,34 +36,44 @@ class TopK(NamedTuple):
     """The likeliest tokens of a distribution, likeliest first."""
 
     logprob_bt: jax.Array  # float32, of the target
+    entropy_bt: jax.Array  # float32, nats
     ids_btk: jax.Array  # int32
     logprob_btk: jax.Array  # float32, normalised over the whole vocabulary
+
+
+class _Plan(NamedTuple):
+    """How to run through the vocabulary; hashable."""
+
+    mesh: Mesh | None
+    shards: int
+    """Pieces of the vocabulary, as the mesh cuts it: each is run through on its own."""
+    rows: int
+    """Rows of each piece whose logits exist at a time."""
 
 
 def chosen_logprobs(
     hidden_btd: jax.Array,
     head_vd: jax.Array,
     ids_bts: jax.Array,
-    shards: int = 1,
+    mesh: Mesh | None = None,
     block_rows: int | None = None,
 ) -> ChosenLogprobs:
     """Log-probs of `ids_bts` at every position, and the entropy there.
 
     Args:
-        hidden_btd: after the final norm.
-        head_vd: logits are `hidden_btd @ head_vd.T`.
+        hidden_btd: after the final norm; its dtype is the products'.
+        head_vd: logits are `hidden_btd @ head_vd.T`; its gradient has its dtype.
         ids_bts: int32 in [0, v); the s ids of a position need not differ.
-        shards: into how many pieces a mesh cuts the vocabulary: each is run through on its own.
-        block_rows: rows of each piece whose logits exist at a time; `None`: as many as keep them
-            below `BLOCK_LOGITS`.
+        mesh: where the head lies; `None`: one device.
+        block_rows: rows of each piece of the vocabulary whose logits exist at a time; `None`: as
+            many as keep them below `BLOCK_LOGITS`.
     """
     b, t, _ = hidden_btd.shape
+    shards = 1 if mesh is None else axis_size(mesh, "vocab")
     fitting = block_rows or max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards))
-    rows = min(head_vd.shape[0] // shards, fitting)
-    found = _normaliser(hidden_btd, head_vd, shards, rows)
-    lse_bt, entropy_bt = cast(Pair, found)  # `custom_vjp` hides the type
-    logit_bts = _chosen_logits(hidden_btd, head_vd, ids_bts)
-    return ChosenLogprobs(logit_bts - lse_bt[..., None], entropy_bt)
+    plan = _Plan(mesh, shards, min(head_vd.shape[0] // shards, fitting))
+    found = _chosen(hidden_btd, head_vd, ids_bts, plan)
+    return ChosenLogprobs(*cast(tuple[jax.Array, jax.Array], found))  # `custom_vjp` hides the type
 
 
 def top_k_logprobs(
@@ -70,21 +81,46 @@ def top_k_logprobs(
     head_vd: jax.Array,
     ids_bt: jax.Array,
     k: int,
+    mesh: Mesh | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TopK:
-    """Log-prob of the target and of the `k` likeliest tokens at every position. Forward only."""
+    """The target's log-prob, the `k` likeliest tokens and the entropy, in one pass. Forward only.
+
+    Each piece of a vocabulary that the mesh cuts finds its own `k`; only those travel.
+    """
+    shards = 1 if mesh is None else axis_size(mesh, "vocab")
+    head_vd = _gathered(head_vd, hidden_btd.dtype, mesh)
+    head_nvd = head_vd.reshape(shards, -1, head_vd.shape[-1])
     chunk = _chunk(hidden_btd, chunk_tokens)
 
-    def body(_: None, xs: Pair) -> tuple[None, TopK]:
+    def body(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TopK]:
         hidden, ids = xs
-        logits = _logits(hidden, head_vd)
-        lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        target = jnp.take_along_axis(logits, ids[..., None], axis=-1) - lse
-        values, top_ids = jax.lax.top_k(logits, k)
-        return None, TopK(target[..., 0], top_ids.astype(jnp.int32), values - lse)
+        logits_bcnv = jnp.einsum(
+            "bcd,nvd->bcnv", hidden, head_nvd, preferred_element_type=jnp.float32
+        )
+        lse_bc = jax.nn.logsumexp(logits_bcnv, axis=(-2, -1))
+        logprob_bcnv = logits_bcnv - lse_bc[..., None, None]
+        entropy_bc = -jnp.sum(jnp.exp(logprob_bcnv) * logprob_bcnv, axis=(-2, -1))
+        target_bc = _chosen_logits(hidden, head_vd, ids[..., None])[..., 0] - lse_bc
+        values, top_ids = _top_k_of_pieces(logprob_bcnv, k)
+        return None, TopK(target_bc, entropy_bc, top_ids, values)
 
     _, out = jax.lax.scan(body, None, (_cut(hidden_btd, chunk), _cut(ids_bt, chunk)))
     return jax.tree.map(lambda x: _join(x, hidden_btd.shape[1]), out)
+
+
+def _top_k_of_pieces(logprob_bcnv: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Values and ids [b, c, k], likeliest first; equal ones in the order of their ids."""
+    b, c, n, v = logprob_bcnv.shape
+    values, ids = jax.lax.top_k(logprob_bcnv, min(k, v))
+    ids = ids.astype(jnp.int32) + (jnp.arange(n, dtype=jnp.int32) * v)[None, None, :, None]
+    values, place = jax.lax.top_k(values.reshape(b, c, -1), k)
+    return values, jnp.take_along_axis(ids.reshape(b, c, -1), place, axis=-1)
+
+
+def _gathered(head_vd: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The head as products read it: cast, its rows whole, once, and not in the loops."""
+    return constrain(head_vd.astype(dtype), mesh, ("vocab", "replicated"), "head")
 
 
 def _chunk(hidden_btd: jax.Array, chunk_tokens: int) -> int:
@@ -106,16 +142,17 @@ def _join(x: jax.Array, t: int) -> jax.Array:
     return jnp.moveaxis(x, 0, 1).reshape(b, count * chunk, *x.shape[3:])[:, :t]
 
 
-def _logits(hidden_bcd: jax.Array, head_vd: jax.Array) -> jax.Array:
-    return jnp.einsum("bcd,vd->bcv", hidden_bcd, head_vd, preferred_element_type=jnp.float32)
+def _pieces(t: int, entries: int) -> int:
+    """Time steps at once, of `entries` numbers each, that stay below `BLOCK_LOGITS` numbers."""
+    return min(t, max(1, BLOCK_LOGITS // entries))
 
 
 def _chosen_logits(hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array) -> jax.Array:
     """[b, t, s]: products with the chosen rows of the head alone, some time steps at once."""
     b, t, s = ids_bts.shape
-    chunk = min(t, max(1, BLOCK_LOGITS // (b * s * hidden_btd.shape[-1])))
+    chunk = _pieces(t, b * s * hidden_btd.shape[-1])
 
-    def body(xs: Pair) -> jax.Array:
+    def body(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_bcd, ids_bcs = xs
         rows_bcsd = jnp.take(head_vd, ids_bcs, axis=0)
         return jnp.einsum(
@@ -124,32 +161,86 @@ def _chosen_logits(hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array
 
     if chunk == t:
         return body((hidden_btd, ids_bts))
-    # Saves nothing of a chunk: the rows are gathered again in the backward pass.
-    cut = (_cut(hidden_btd, chunk), _cut(ids_bts, chunk))
-    return _join(jax.lax.map(jax.checkpoint(body), cut), t)
+    return _join(jax.lax.map(body, (_cut(hidden_btd, chunk), _cut(ids_bts, chunk))), t)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _normaliser(hidden_btd: jax.Array, head_vd: jax.Array, shards: int, rows: int) -> Pair:
-    """Log-sum-exp and entropy at every position, float32; the entropy carries no gradient."""
-    return _normaliser_fwd(hidden_btd, head_vd, shards, rows)[0]
+class _Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    hidden_btd: jax.Array
+    head_vd: jax.Array  # cast and gathered
+    ids_bts: jax.Array
+    lse_bt: jax.Array
+    like: jax.Array  # empty, of the parameter's dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chosen(
+    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs [b, t, s] and entropy [b, t], float32; the entropy carries no gradient."""
+    return _chosen_fwd(hidden_btd, head_vd, ids_bts, plan)[0]
+
+
+def _chosen_fwd(
+    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
+) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
+    like = jnp.zeros((0,), head_vd.dtype)
+    head_vd = _gathered(head_vd, hidden_btd.dtype, plan.mesh)
+    lse_bt, entropy_bt = _normaliser(hidden_btd, head_vd, plan)
+    logprob_bts = _chosen_logits(hidden_btd, head_vd, ids_bts) - lse_bt[..., None]
+    return (logprob_bts, entropy_bt), _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like)
+
+
+def _chosen_bwd(
+    plan: _Plan, saved: _Saved, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None]:
+    grad_bts = cotangents[0].astype(jnp.float32)
+    hidden_btd, head_vd = _normaliser_grads(saved, -jnp.sum(grad_bts, axis=-1), plan)
+    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, hidden_btd, head_vd)
+    return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None
+
+
+def _add_chosen_grads(
+    saved: _Saved, grad_bts: jax.Array, hidden_grad_btd: jax.Array, head_grad_vd: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What the chosen rows' products give, added in float32, some time steps at once."""
+    b, t, s = grad_bts.shape
+    chunk = _pieces(t, b * s * saved.hidden_btd.shape[-1])
+
+    def body(head_grad: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden_bcd, ids_bcs, grad_bcs = xs
+        rows_bcsd = jnp.take(saved.head_vd, ids_bcs, axis=0)
+        hidden_grad = jnp.einsum(
+            "bcs,bcsd->bcd", grad_bcs, rows_bcsd, preferred_element_type=jnp.float32
+        )
+        add_bcsd = grad_bcs[..., None] * hidden_bcd[:, :, None].astype(jnp.float32)
+        return head_grad.at[ids_bcs].add(add_bcsd), hidden_grad
+
+    arrays = (saved.hidden_btd, saved.ids_bts, grad_bts)
+    if chunk == t:
+        head_grad_vd, more_btd = body(head_grad_vd, arrays)
+    else:
+        cut = tuple(_cut(x, chunk) for x in arrays)
+        head_grad_vd, more = jax.lax.scan(body, head_grad_vd, cut)
+        more_btd = _join(more, t)
+    return hidden_grad_btd + more_btd, head_grad_vd
 
 
 def _over_vocabulary(
     head_vd: jax.Array,
-    shards: int,
-    rows: int,
-    body: Callable[[jax.Array, Start, Carry], Carry],
-    carry: Carry,
-) -> Carry:
+    plan: _Plan,
+    body: Callable[[jax.Array, Any, Any], Any],
+    carry: Any,
+) -> Any:
     """Run `body(head_ncd, start, carry)` over blocks of c rows of each of the n shards.
 
-    Blocks of `rows` in a loop, then the smaller one that is left.
+    Blocks of `plan.rows` in a loop, then the smaller one that is left.
     """
-    head_nvd = head_vd.reshape(shards, -1, head_vd.shape[-1])
-    size = head_nvd.shape[1]
+    head_nvd = head_vd.reshape(plan.shards, -1, head_vd.shape[-1])
+    size, rows = head_nvd.shape[1], plan.rows
 
-    def block(j: jax.Array, carry: Carry) -> Carry:
+    def block(j: jax.Array, carry: Any) -> Any:
         head_ncd = jax.lax.dynamic_slice_in_dim(head_nvd, j * rows, rows, axis=1)
         return body(head_ncd, j * rows, carry)
 
@@ -162,11 +253,13 @@ def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array) -> jax.Array:
     return jnp.einsum("btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32)
 
 
-def _normaliser_fwd(
-    hidden_btd: jax.Array, head_vd: jax.Array, shards: int, rows: int
-) -> tuple[Pair, Triple]:
+def _normaliser(
+    hidden_btd: jax.Array, head_vd: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Log-sum-exp and entropy at every position, float32."""
+
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
-    def body(head_ncd: jax.Array, _: Start, carry: Triple) -> Triple:
+    def body(head_ncd: jax.Array, _: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top_btn, total_btn, spread_btn = carry
         logits_btnc = _block_logits(hidden_btd, head_ncd)
         new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
@@ -178,22 +271,25 @@ def _normaliser_fwd(
         total_btn = total_btn * jnp.exp(moved) + jnp.sum(weight, axis=-1)
         return new_top, total_btn, spread_btn
 
-    zero = jnp.zeros((*hidden_btd.shape[:2], shards), jnp.float32)
+    zero = jnp.zeros((*hidden_btd.shape[:2], plan.shards), jnp.float32)
     start = (zero + LOWEST, zero, zero)
-    top, total, spread = _over_vocabulary(head_vd, shards, rows, body, start)
+    top, total, spread = _over_vocabulary(head_vd, plan, body, start)
     lse_bt = jax.nn.logsumexp(top + jnp.log(total), axis=-1)
     above = lse_bt[..., None] - top
-    entropy_bt = jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1)
-    return (lse_bt, entropy_bt), (hidden_btd, head_vd, lse_bt)
+    return lse_bt, jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1)
 
 
-def _normaliser_bwd(shards: int, rows: int, saved: Triple, cotangents: Pair) -> Pair:
-    hidden_btd, head_vd, lse_bt = saved
-    grad_bt = cotangents[0].astype(jnp.float32)
+def _normaliser_grads(
+    saved: _Saved, grad_bt: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Float32 gradients of the log-sum-exp for hidden states [b, t, d] and head [v, d]."""
+    hidden_btd, head_vd = saved.hidden_btd, saved.head_vd
 
-    def body(head_ncd: jax.Array, start: Start, carry: Pair) -> Pair:
+    def body(
+        head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
         hidden_grad_nbtd, head_grad_nvd = carry
-        prob = jnp.exp(_block_logits(hidden_btd, head_ncd) - lse_bt[..., None, None])
+        prob = jnp.exp(_block_logits(hidden_btd, head_ncd) - saved.lse_bt[..., None, None])
         logit_grad = (prob * grad_bt[..., None, None]).astype(hidden_btd.dtype)
         hidden_grad_nbtd += jnp.einsum(
             "btnc,ncd->nbtd", logit_grad, head_ncd, preferred_element_type=jnp.float32
@@ -207,12 +303,11 @@ def _normaliser_bwd(shards: int, rows: int, saved: Triple, cotangents: Pair) -> 
 
     v, d = head_vd.shape
     zeros = (
-        jnp.zeros((shards, *hidden_btd.shape), jnp.float32),
-        jnp.zeros((shards, v // shards, d), jnp.float32),
+        jnp.zeros((plan.shards, *hidden_btd.shape), jnp.float32),
+        jnp.zeros((plan.shards, v // plan.shards, d), jnp.float32),
     )
-    hidden_grad, head_grad = _over_vocabulary(head_vd, shards, rows, body, zeros)
-    hidden_grad_btd = jnp.sum(hidden_grad, axis=0).astype(hidden_btd.dtype)
-    return hidden_grad_btd, head_grad.reshape(v, d).astype(head_vd.dtype)
+    hidden_grad, head_grad = _over_vocabulary(head_vd, plan, body, zeros)
+    return jnp.sum(hidden_grad, axis=0), head_grad.reshape(v, d)
 
 
-_normaliser.defvjp(_normaliser_fwd, _normaliser_bwd)
+_chosen.defvjp(_chosen_fwd, _chosen_bwd)

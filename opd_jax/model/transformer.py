@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from opd_jax.core.mesh import axis_size, constrain, sharding_for
+from opd_jax.core.mesh import constrain, sharding_for
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.attention import SAVED
 from opd_jax.model.attention_choice import attend_rows
@@ -180,14 +181,12 @@ class LanguageModel:
 
         On a mesh its rows are gathered here, once, not in the loops that read it.
         """
-        head = params["embed"] if self.arch.tie_embeddings else params["head"]
-        head = head.astype(self.compute_dtype)
+        head = self.head_parameter(params).astype(self.compute_dtype)
         return constrain(head, self.mesh, ("vocab", "replicated"), "head")
 
-    @property
-    def vocab_shards(self) -> int:
-        """Into how many pieces the mesh cuts the vocabulary."""
-        return 1 if self.mesh is None else axis_size(self.mesh, "vocab")
+    def head_parameter(self, params: Params) -> jax.Array:
+        """[v, d]: the parameter behind `head`, in its own dtype and as it is sharded."""
+        return params["embed"] if self.arch.tie_embeddings else params["head"]
 
     def forward(
         self,
@@ -208,8 +207,9 @@ class LanguageModel:
             segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
+        embedded = _embed(params["embed"], tokens_bt, self.compute_dtype)
+        x_btd = typing.cast(jax.Array, embedded)  # `custom_vjp` hides the type
         params = cast(params, self.compute_dtype)
-        x_btd = jnp.take(params["embed"], tokens_bt, axis=0)
         x_btd = constrain(x_btd, self.mesh, HIDDEN_AXES, "hidden")
         rope = rope_tables(positions_bt, self.arch)
 
@@ -229,6 +229,32 @@ class LanguageModel:
         keys, values = _joined(new)
         hidden_btd = rms_norm(x_btd, params["final_norm"], self.arch.norm_eps)
         return ForwardOutput(hidden_btd, keys, values, _joined(routers) if routers else None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the embedding in the compute dtype; their gradients are added up in float32.
+
+    In bfloat16 the sum over a frequent token's positions would stop growing.
+    """
+    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0)
+
+
+def _embed_fwd(
+    table_vd: jax.Array, tokens_bt: jax.Array, dtype: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0), (table_vd, tokens_bt)
+
+
+def _embed_bwd(
+    dtype: str, saved: tuple[jax.Array, jax.Array], grad_btd: jax.Array
+) -> tuple[jax.Array, None]:
+    table_vd, tokens_bt = saved
+    zeros = jnp.zeros(table_vd.shape, jnp.float32)
+    return zeros.at[tokens_bt].add(grad_btd.astype(jnp.float32)).astype(table_vd.dtype), None
+
+
+_embed.defvjp(_embed_fwd, _embed_bwd)
 
 
 def layer_runs(arch: Architecture, params: Params) -> Iterator[Params]:

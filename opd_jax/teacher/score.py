@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from opd_jax.algo.logprobs import TopK, chosen_logprobs, top_k_logprobs
+from opd_jax.algo.logprobs import chosen_logprobs, top_k_logprobs
 from opd_jax.core.mesh import axis_size, put_batch, replicated
 from opd_jax.data.collate import padded_rows
 from opd_jax.data.records import Record, Scores
@@ -23,6 +23,14 @@ from opd_jax.errors import DataError, ModelError
 from opd_jax.model.transformer import LanguageModel, Params
 
 POSITIVE_TOLERANCE = 1e-4  # float32 log-sum-exp can round a certain token's log-prob above 0
+
+
+class _Out(NamedTuple):
+    """What the program returns."""
+
+    logprob_bt: jax.Array  # float32
+    ids_btk: jax.Array  # int32; k is 0 without a top-k
+    logprob_btk: jax.Array  # float32
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Scorer:
         out = jax.device_get(_program(self.model, self.top_k)(self.params, arrays))
         return [self._scores(record, row, out) for row, record in enumerate(records)]
 
-    def _scores(self, record: Record, row: int, out: TopK) -> Scores:
+    def _scores(self, record: Record, row: int, out: _Out) -> Scores:
         start = len(record.prompt_ids) - 1
         columns = slice(start, start + len(record.response_ids))
         logprob = np.asarray(out.logprob_bt[row, columns], np.float32)
@@ -115,16 +123,17 @@ def _check(logprob: np.ndarray, record: Record) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], TopK]:
-    def program(params: Params, batch: dict[str, jax.Array]) -> TopK:
+def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
+    def program(params: Params, batch: dict[str, jax.Array]) -> _Out:
         out = model.forward(params, batch["input_bt"], batch["positions_bt"])
-        head, target_bt = model.head(params), batch["target_bt"]
+        head, target_bt = model.head_parameter(params), batch["target_bt"]
         if top_k:
-            return top_k_logprobs(out.hidden_btd, head, target_bt, top_k)
-        chosen = chosen_logprobs(out.hidden_btd, head, target_bt[..., None], model.vocab_shards)
+            found = top_k_logprobs(out.hidden_btd, head, target_bt, top_k, model.mesh)
+            return _Out(found.logprob_bt, found.ids_btk, found.logprob_btk)
+        chosen = chosen_logprobs(out.hidden_btd, head, target_bt[..., None], model.mesh)
         logprob = chosen.logprob_bts[..., 0]
         empty = logprob[..., None][..., :0]
-        return TopK(logprob, empty.astype(np.int32), empty)
+        return _Out(logprob, empty.astype(np.int32), empty)
 
     return jax.jit(program, out_shardings=model.mesh and replicated(model.mesh))
 

@@ -84,7 +84,7 @@ def _token_loss(
     ids_bts = batch["target_bt"][..., None]
     if objective.kind == "topk":
         ids_bts = jnp.concatenate([ids_bts, batch["support_ids_bts"]], axis=-1)
-    chosen = chosen_logprobs(hidden_btd, model.head(params), ids_bts, model.vocab_shards)
+    chosen = chosen_logprobs(hidden_btd, model.head_parameter(params), ids_bts, model.mesh)
     student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
     if objective.kind == "sft":
         return sft_loss(student_bt, mask_bt)

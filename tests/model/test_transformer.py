@@ -108,3 +108,25 @@ def test_sharding_rules_refuse_unknown_axes_and_collisions():
         sharding_for(mesh, ("ffn", "heads"), (4, 4), ".x")
     with pytest.raises(ConfigError, match="'batch'=3 is not divisible"):
         constrain(jnp.ones((3, 4)), mesh, ("batch", "time"), "x")
+
+
+def test_the_gradient_of_a_frequent_token_s_embedding_is_a_float32_sum():
+    """In bfloat16 its sum over 1,200 positions would stop growing."""
+    plain, params = tiny(num_layers=1)
+    half = type(plain)(plain.arch, compute_dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    t = 4096
+    tokens = np.where(rng.random((1, t)) < 0.3, 7, rng.integers(0, 64, (1, t))).astype(np.int32)
+    positions = np.broadcast_to(np.arange(t, dtype=np.int32), (1, t))
+
+    def grads(model):
+        def loss(embed):
+            out = model.forward(params | {"embed": embed}, tokens, positions).hidden_btd
+            return jnp.sum(out.astype(jnp.float32) @ jnp.arange(1.0, 1 + out.shape[-1]))
+
+        return np.asarray(jax.jit(jax.grad(loss))(params["embed"]), np.float64)
+
+    want, got = grads(plain), grads(half)
+    off = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert off[7] < 3 * np.median(off)
+    assert off[7] < 0.05
