@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -169,16 +170,69 @@ def _triton_local(inputs: Inputs, *, interpret: bool) -> jax.Array:
     if segments is not None:
         segments = _pad(segments, 1, longest)
     q_btkgh = q.reshape(b, -1, kv_heads, n // kv_heads, h)
-    attend = functools.partial(
-        triton.mha, sm_scale=h**-0.5, causal=True, block_sizes=sizes, interpret=interpret
-    )
+    call = _TritonCall(h**-0.5, sizes, interpret)
 
     def group(q_btkh: jax.Array) -> jax.Array:
-        return attend(q_btkh, k, v, segments)
+        out = _triton(q_btkh, k, v, segments, call)
+        return cast(jax.Array, out)  # `custom_vjp` hides the type
 
     # Over the query heads of a group by vmap: keys and values are read in place, not repeated.
     out_btkgh = jax.vmap(group, in_axes=3, out_axes=3)(q_btkgh)
     return out_btkgh.reshape(b, -1, n, h)[:, :t]
+
+
+class _TritonCall(NamedTuple):
+    """The kernel's static arguments."""
+
+    scale: float
+    sizes: triton.BlockSizes
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _triton(
+    q_btkh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+    call: _TritonCall,
+) -> jax.Array:
+    """`triton.mha` with its residuals named, so that a `jax.checkpoint` policy can keep them."""
+    return _triton_fwd(q_btkh, k_btkh, v_btkh, segments_bt, call)[0]
+
+
+def _triton_fwd(
+    q_btkh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+    call: _TritonCall,
+) -> tuple[jax.Array, Any]:
+    both: Any = triton.mha(
+        q_btkh,
+        k_btkh,
+        v_btkh,
+        segments_bt,
+        sm_scale=call.scale,
+        causal=True,
+        block_sizes=call.sizes,
+        interpret=call.interpret,
+        return_residuals=True,
+    )
+    named = [checkpoint_name(x, SAVED) for x in (q_btkh, k_btkh, v_btkh, *both)]
+    return named[3], (*named[:3], segments_bt, *named[3:])
+
+
+def _triton_bwd(call: _TritonCall, saved: Any, grad_btkh: jax.Array) -> tuple[Any, ...]:
+    # The module has no public name for it.
+    return triton._mha_backward(  # pyright: ignore[reportPrivateUsage]
+        *(call.scale, True, call.sizes, "triton", None, 2, None, call.interpret, False, False),
+        saved,
+        grad_btkh,
+    )
+
+
+_triton.defvjp(_triton_fwd, _triton_bwd)
 
 
 def triton_blocks(t: int, head_dim: int, itemsize: int) -> triton.BlockSizes:

@@ -283,7 +283,7 @@ def cast(params: Params, dtype: str) -> Params:
 def _remat(body: Any, policy: str) -> Any:
     """What the backward pass finds of a layer.
 
-    `none`: the named products, so that no product is computed twice; norms and activations are.
+    `none`: the named products; norms, activations, experts and `xla` attention are computed again.
     `dots`: the products with weights, but not attention. `full`: the layer's input. `offload`: the
     same, kept in the host's memory, from which the backward pass fetches it layer by layer.
     """

@@ -4,6 +4,7 @@ python tests/fit/compile_step.py v5e:2x2 offload
 """
 
 import json
+import re
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import Objective, abstract_state, make_train_step
 
 ROWS, TOKENS = 4, 1024
+KERNEL = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"'
 ARCHITECTURE = Architecture(
     family="qwen3",
     vocab_size=4096,
@@ -48,7 +50,8 @@ def main(target: str, remat: str) -> None:
     batch |= {name: array(jnp.float32) for name in ("teacher_bt", "sampler_bt", "weight_bt")}
     batch["mask_bt"] = array(jnp.bool_)
     step = make_train_step(model, Objective("sampled"), optimizer, 1)
-    memory = step.lower(abstract_state(model, optimizer), batch).compile().memory_analysis()
+    compiled = step.lower(abstract_state(model, optimizer), batch).compile()
+    memory = compiled.memory_analysis()
     inputs = ARCHITECTURE.num_layers * ROWS // mesh.size * TOKENS * ARCHITECTURE.embed_dim * 2
     print(
         json.dumps(
@@ -56,6 +59,8 @@ def main(target: str, remat: str) -> None:
                 "device_bytes": memory.temp_size_in_bytes,
                 "host_bytes": memory.host_temp_size_in_bytes,
                 "layer_inputs": inputs,
+                # In the loops over layers: forward, two backward, and what is repeated.
+                "kernels": len(re.findall(KERNEL, compiled.as_text())),
             }
         )
     )

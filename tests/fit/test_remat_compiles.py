@@ -1,4 +1,4 @@
-"""With `remat: offload`, what the backward pass keeps of the layers leaves the device."""
+"""What `model.remat` keeps of the layers, and where, in programs compiled for absent devices."""
 
 import json
 import subprocess
@@ -25,5 +25,12 @@ def test_layer_inputs_go_to_the_hosts_memory_on(target):
     kept, offloaded = memory(target, "full"), memory(target, "offload")
     assert kept["host_bytes"] == 0
     assert offloaded["host_bytes"] == offloaded["layer_inputs"]
+    assert kept["kernels"] == offloaded["kernels"] == 4
     saved = kept["device_bytes"] - offloaded["device_bytes"]
     assert saved > 0.9 * kept["layer_inputs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
+def test_without_rematerialisation_no_attention_kernel_runs_twice_on(target):
+    assert memory(target, "none")["kernels"] == 3  # forward, and two of the backward pass

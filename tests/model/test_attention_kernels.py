@@ -13,6 +13,7 @@ from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import ConfigError
 from opd_jax.model import attention_kernels
 from opd_jax.model.attention_kernels import splash_attention, splash_block, triton_attention
+from opd_jax.model.transformer import _remat
 
 KERNELS = [splash_attention, triton_attention]
 names = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
@@ -86,3 +87,18 @@ def test_a_mesh_that_does_not_divide_the_kv_heads(kernel):
 def test_blocks_are_whole_lanes_and_no_longer_than_the_row(monkeypatch):
     monkeypatch.undo()
     assert [splash_block(t) for t in (1, 128, 129, 500, 513, 16384)] == [128, 128, 256] + [512] * 3
+
+
+@pytest.mark.parametrize(("policy", "forwards"), [("none", 1), ("full", 2)])
+def test_the_kernel_runs_again_only_where_the_policy_says_so(policy, forwards):
+    """Triton's; `tests/fit/test_remat_compiles.py` counts both kernels in compiled programs."""
+    q, k, v, segments, _ = inputs(triton_attention, 64)
+    attend = functools.partial(triton_attention, mesh=None, interpret=True)
+    body = _remat(lambda q, k, v: attend(q, k, v, segments), policy)
+
+    def calls(function):
+        return str(jax.make_jaxpr(function)(q, k, v)).count("pallas_call[")
+
+    once = calls(lambda *qkv: attend(*qkv, segments))
+    both = calls(jax.grad(lambda *qkv: jnp.sum(body(*qkv)), argnums=(0, 1, 2)))
+    assert both - 2 == forwards * once  # the backward pass is two kernels
