@@ -222,9 +222,10 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
         "partial_rotary_factor": (1, 1.0),
         # Only in training, but a student of it would train otherwise than the file says.
         "attention_dropout": (0.0,),
-        # transformers 5 reads these two in every family.
+        # transformers 5 reads these in every family.
         "is_causal": (True,),
         "per_layer_config": ({},),
+        "transformers_weights": ("model.safetensors", "model.safetensors.index.json"),
         "quantization_config": (),
     }
     if family != "qwen3_moe":

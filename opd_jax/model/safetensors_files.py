@@ -136,8 +136,14 @@ def _read_index(folder: Path) -> dict[str, Path]:
 
 
 def _weight_files(folder: Path, indexed: dict[str, Path]) -> list[Path]:
+    single = folder / SINGLE_FILE
     if indexed:
         named = sorted(set(indexed.values()))
+        if single.is_file() and named != [single]:
+            raise ModelError(
+                f"{single}: {INDEX_FILE} beside it names other files, and transformers would read "
+                "this one alone; remove the one that is not the model"
+            )
         for path in sorted(folder.glob(_SHARDS)):
             if path not in named:
                 raise ModelError(
@@ -145,8 +151,8 @@ def _weight_files(folder: Path, indexed: dict[str, Path]) -> list[Path]:
                     "remove it, or copy the model folder again"
                 )
         return named
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
+    if single.is_file():
+        return [single]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     hint = f"; {pickled[0]} is pickled: convert it to safetensors" if pickled else ""
     raise ModelError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is here{hint}")

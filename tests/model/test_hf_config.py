@@ -55,6 +55,7 @@ def test_left_out_kv_heads_mean_query_heads_for_llama_only(tmp_path):
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
         ({"attention_bias": True}, ["attention_bias=True"]),
         ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"transformers_weights": "b.safetensors"}, ["transformers_weights='b.safetensors'"]),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             ["partial_rotary_factor=0.5"],

@@ -178,6 +178,22 @@ def test_a_shard_that_the_index_does_not_name(tmp_path):
     assert f"{stray}: model.safetensors.index.json does not name this file" in _error(tmp_path)
 
 
+def test_a_single_file_beside_an_index_of_others(tmp_path):
+    tensors = write_model(tmp_path)
+    weight_map = _split(tmp_path, tensors)
+    single = tmp_path / "model.safetensors"
+    _rewrite(tmp_path, {name: array + 1 for name, array in tensors.items()})
+    for also in ({}, {LAST: single.name}):
+        _write_index(tmp_path, weight_map | also)
+        message = _error(tmp_path)
+        assert f"{single}: model.safetensors.index.json beside it names other files" in message
+        assert "remove the one" in message
+    for shard in SHARDS:
+        (tmp_path / shard).unlink()
+    _write_index(tmp_path, dict.fromkeys(tensors, single.name))
+    read_model(tmp_path)
+
+
 def test_file_that_shrinks_while_it_is_read(tmp_path):
     write_model(tmp_path)
     source = SafetensorsSource(tmp_path)
