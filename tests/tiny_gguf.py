@@ -132,7 +132,7 @@ def _metadata(writer: GGUFWriter, config: dict) -> None:
     kinds = dict.fromkeys(SPECIAL, TokenType.CONTROL)
     kinds |= dict.fromkeys(PLAIN, TokenType.USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(config.get("tokenizer_pre", "smollm"))
+    writer.add_tokenizer_pre(config.get("tokenizer_pre", "smollm"))  # an empty one is left out
     writer.add_token_list(tokens())
     writer.add_token_types([kinds.get(token, TokenType.NORMAL) for token in tokens()])
     writer.add_token_merges([" ".join(pair) for pair in MERGES])

@@ -23,7 +23,7 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2 = ("qwen2", "deepseek-r1-qwen")
-_GPT2 = ("gpt-2", "gpt2", "default")
+_GPT2 = ("gpt-2", "gpt2")
 PRE_TOKENIZERS = (*_BY_DIGIT, *_LLAMA3, *_QWEN2, *_GPT2)
 
 
@@ -39,14 +39,7 @@ class GGUFTokenizer(NamedTuple):
 def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
     """Rebuild the tokenizer; raises ModelError when it is of a kind that is not built here."""
     reader = open_gguf(path)
-    kind = metadata(reader, "tokenizer.ggml.model")
-    pre = metadata(reader, "tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
-            f"supported: 'gpt2' with {', '.join(PRE_TOKENIZERS)}: "
-            "convert the model to a Hugging Face folder"
-        )
+    pre = _pre(reader, path)
     tokens = metadata(reader, "tokenizer.ggml.tokens", [])
     ends = [metadata(reader, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     return GGUFTokenizer(
@@ -54,6 +47,25 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
         _settings(reader, tokens),
         [end for end in ends if end is not None],
     )
+
+
+def _pre(reader: GGUFReader, path: str | Path) -> str:
+    """The name of the text's split, checked."""
+    kind, pre = (metadata(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    # llama.cpp warns and splits by a rule of its own, which no model here was trained with.
+    if kind == "gpt2" and pre in (None, "default"):
+        raise ModelError(
+            f"{path}: tokenizer.ggml.pre={pre!r} does not say how the text is split, as in files "
+            "of early 2024; give the Hugging Face folder, or a copy made by gguf-new-metadata "
+            f"--pre-tokenizer NAME IN OUT; supported names: {', '.join(PRE_TOKENIZERS)}"
+        )
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
+            f"supported: 'gpt2' with {', '.join(PRE_TOKENIZERS)}: "
+            "convert the model to a Hugging Face folder"
+        )
+    return pre
 
 
 def _backend(reader: GGUFReader, tokens: list[str], pre: str) -> Backend:

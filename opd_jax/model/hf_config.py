@@ -220,6 +220,12 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
         "attention_bias": (False,) if family != "qwen2" else (False, True),
         "mlp_bias": (False,),
         "partial_rotary_factor": (1, 1.0),
+        # Only in training, but a student of it would train otherwise than the file says.
+        "attention_dropout": (0.0,),
+        # transformers 5 reads these in every family.
+        "is_causal": (True,),
+        "per_layer_config": ({},),
+        "transformers_weights": ("model.safetensors", "model.safetensors.index.json"),
         "quantization_config": (),
     }
     if family != "qwen3_moe":
@@ -229,18 +235,19 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
         if value is not None and value not in values:
             usual = f"; only {values[0]!r} is" if values else "; give the unquantised weights"
             raise ModelError(f"{where}: {key}={_short(value)} is not supported{usual}")
-    _refuse_sliding_window(config, where)
+    _refuse_sliding_window(config, family, where)
 
 
-def _refuse_sliding_window(config: Mapping[str, Any], where: str) -> None:
-    layers = config.get("layer_types") or ["full_attention"]
-    by_switch = (
-        config.get("layer_types") is None
-        and config.get("use_sliding_window", False)
-        and config.get("sliding_window", 4096) is not None
-        and config.get("max_window_layers", 28) < config["num_hidden_layers"]
+def _refuse_sliding_window(config: Mapping[str, Any], family: Family, where: str) -> None:
+    layers = config.get("layer_types")
+    slides = config.get("use_sliding_window", False) and (
+        config.get("sliding_window", 4096) is not None
     )
-    if by_switch or set(layers) != {"full_attention"}:
+    # Qwen3-MoE knows none of these keys: there the switch makes every layer slide.
+    if family != "qwen3_moe":
+        slides = slides and layers is None
+        slides = slides and config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    if slides or any(kind != "full_attention" for kind in layers or ()):
         raise ModelError(
             f"{where}: sliding-window attention (sliding_window={config.get('sliding_window')!r}, "
             "layer_types) is not supported; only full attention is"

@@ -67,7 +67,9 @@ def export_folder(
 
 def _config(model: LanguageModel, params: Params, generation: Mapping[str, Any]) -> dict[str, Any]:
     ids = {key: value for key, value in generation.items() if key.endswith("_token_id")}
-    return architecture_to_hf(model.arch, {"dtype": str(params["embed"].dtype)} | ids)
+    # transformers before 4.56 and servers read the old name; where both are, they agree.
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(params["embed"].dtype))
+    return architecture_to_hf(model.arch, dtypes | ids)
 
 
 def _write_generation_config(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:

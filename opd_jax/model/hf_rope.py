@@ -43,11 +43,22 @@ def rope_from_hf(config: Mapping[str, Any], where: str) -> tuple[float, RopeScal
             f"{where}: rope_scaling (rope_type={_kind(given[0])!r}) and rope_parameters "
             f"(rope_type={_kind(given[1])!r}) disagree; remove the wrong one"
         )
-    bases = [rope["rope_theta"] for rope in given if rope.get("rope_theta") is not None]
-    theta = bases[0] if bases else config.get("rope_theta", 10000.0)
+    return _base([*given, config], where), scalings[0] if scalings else None
+
+
+def _base(places: list[Mapping[str, Any]], where: str) -> float:
+    """transformers 4 reads the key beside the rope keys, 5 the one among them."""
+    bases = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
+    theta = bases[0] if bases else 10000.0
     if not _is_number(theta) or theta <= 1:
         raise ModelError(f"{where}: rope_theta={theta!r} is not a number above 1")
-    return float(theta), scalings[0] if scalings else None
+    for other in bases:
+        if other != theta:
+            raise ModelError(
+                f"{where}: rope_theta={theta!r} and rope_theta={other!r} disagree; "
+                "remove the wrong one"
+            )
+    return float(theta)
 
 
 def rope_to_hf(arch: Architecture) -> dict[str, Any]:

@@ -41,8 +41,12 @@ class HFTensor:
     def places(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor of theirs in a parameter of `shape`, with its leading index here."""
         for place in np.ndindex(shape[: self.stack_rank]):
-            numbers = (self.layers[place[0]], *place[1:]) if self.layers and place else place
-            yield self.name.format(*numbers), place
+            yield self.name_at(place), place
+
+    def name_at(self, place: tuple[int, ...]) -> str:
+        """Name of the tensor at a leading index here."""
+        numbers = (self.layers[place[0]], *place[1:]) if self.layers and place else place
+        return self.name.format(*numbers)
 
     def hf_shape(self, shape: Shape) -> Shape:
         """Shape over there of a `shape` here without its stacked axes."""

@@ -40,6 +40,8 @@ class _Stored:
     kind: str
     shape: Shape
     offset: int
+    """Of the first byte in the file."""
+    size: int
 
 
 class SafetensorsSource:
@@ -105,17 +107,43 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             pass
     except SafetensorError as error:
         raise ModelError(
-            f"{path}: truncated or damaged safetensors ({error}); copy the file again"
+            f"{path}: truncated or damaged safetensors ({_cut_off(path) or error}); "
+            "copy the file again"
         ) from error
+    return _parse_header(path)
+
+
+def _parse_header(path: Path) -> dict[str, _Stored]:
+    """Raises ValueError, TypeError or LookupError when the header is not what it should be."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path}: a header of {length} bytes")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {
-        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + offsets[0])
-        for name, entry in header.items()
-        if (offsets := entry["data_offsets"])
-    }
+    tensors: dict[str, _Stored] = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[name] = _Stored(path, entry["dtype"], shape, 8 + length + begin, end - begin)
+    return tensors
+
+
+def _cut_off(path: Path) -> str | None:
+    """The first tensor that does not end in the file; None if the header does not say."""
+    try:
+        tensors = sorted(_parse_header(path).items(), key=lambda item: item[1].offset)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    there = path.stat().st_size
+    for name, stored in tensors:
+        if stored.offset + stored.size > there:
+            return (
+                f"tensor '{name}' {list(stored.shape)} has {stored.size} bytes, "
+                f"{max(0, there - stored.offset)} of them are here; the file has {there} bytes of "
+                f"{max(stored.offset + stored.size for _, stored in tensors)}"
+            )
+    return None
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
@@ -136,8 +164,14 @@ def _read_index(folder: Path) -> dict[str, Path]:
 
 
 def _weight_files(folder: Path, indexed: dict[str, Path]) -> list[Path]:
+    single = folder / SINGLE_FILE
     if indexed:
         named = sorted(set(indexed.values()))
+        if single.is_file() and named != [single]:
+            raise ModelError(
+                f"{single}: {INDEX_FILE} beside it names other files, and transformers would read "
+                "this one alone; remove the one that is not the model"
+            )
         for path in sorted(folder.glob(_SHARDS)):
             if path not in named:
                 raise ModelError(
@@ -145,8 +179,8 @@ def _weight_files(folder: Path, indexed: dict[str, Path]) -> list[Path]:
                     "remove it, or copy the model folder again"
                 )
         return named
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
+    if single.is_file():
+        return [single]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     hint = f"; {pickled[0]} is pickled: convert it to safetensors" if pickled else ""
     raise ModelError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is here{hint}")

@@ -129,6 +129,19 @@ def test_gguf_tokenizer_of_an_unknown_kind(tmp_path):
         load_tokenizer(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize(("pre", "says"), [("", "None"), ("default", "'default'")])
+def test_gguf_tokenizer_that_does_not_say_how_it_splits(tmp_path, pre, says):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tokenizer_pre=pre)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: tokenizer.ggml.pre={says} does not say")
+    for word in ("gguf-new-metadata --pre-tokenizer", "smollm", "llama-bpe", "qwen2", "gpt-2"):
+        assert word in message
+    assert "\n" not in message
+
+
 def test_vocabulary_must_fit_the_model(tmp_path, tokenizer):
     size = len(tokens())
     assert tokenizer.vocab_size == size

@@ -55,12 +55,16 @@ def test_left_out_kv_heads_mean_query_heads_for_llama_only(tmp_path):
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
         ({"attention_bias": True}, ["attention_bias=True"]),
         ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"transformers_weights": "b.safetensors"}, ["transformers_weights='b.safetensors'"]),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             ["partial_rotary_factor=0.5"],
         ),
         ({"use_sliding_window": True, "max_window_layers": 1}, ["sliding-window"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window"]),
+        ({"attention_dropout": 0.1}, ["attention_dropout=0.1", "0.0"]),
+        ({"is_causal": False}, ["is_causal=False", "True"]),
+        ({"per_layer_config": {"1": {"head_dim": 8}}}, ["per_layer_config={'1'"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
         ({"hidden_size": None}, ["hidden_size=None"]),
         ({"vocab_size": 0}, ["vocab_size=0"]),
@@ -82,6 +86,19 @@ def test_refuses_by_name_what_would_change_the_numbers(tmp_path, changes, words)
 
 def test_sliding_window_that_no_layer_uses_is_fine(tmp_path):
     write_config(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    assert read_architecture(tmp_path).num_layers == 2
+
+
+@pytest.mark.parametrize(
+    "ignored", [{"max_window_layers": 2}, {"layer_types": ["full_attention"] * 2}], ids=str
+)
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 8}], ids=str)
+def test_a_mixture_slides_in_every_layer_once_it_is_switched_on(tmp_path, ignored, window):
+    """As modeling_qwen3_moe.py, which looks at `sliding_window` alone."""
+    write_config(tmp_path, **MOE, use_sliding_window=True, **window, **ignored)
+    with pytest.raises(ModelError, match=r"config\.json: sliding-window attention"):
+        read_architecture(tmp_path)
+    write_config(tmp_path, **MOE, use_sliding_window=False, **window, **ignored)
     assert read_architecture(tmp_path).num_layers == 2
 
 

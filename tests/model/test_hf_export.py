@@ -96,7 +96,7 @@ def test_sharded_parameters_and_bfloat16(tmp_path):
     for name, array in tensors.items():
         np.testing.assert_array_equal(written[name], array.astype(written[name].dtype))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16"
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
 def test_companions(tmp_path):

@@ -178,6 +178,22 @@ def test_a_shard_that_the_index_does_not_name(tmp_path):
     assert f"{stray}: model.safetensors.index.json does not name this file" in _error(tmp_path)
 
 
+def test_a_single_file_beside_an_index_of_others(tmp_path):
+    tensors = write_model(tmp_path)
+    weight_map = _split(tmp_path, tensors)
+    single = tmp_path / "model.safetensors"
+    _rewrite(tmp_path, {name: array + 1 for name, array in tensors.items()})
+    for also in ({}, {LAST: single.name}):
+        _write_index(tmp_path, weight_map | also)
+        message = _error(tmp_path)
+        assert f"{single}: model.safetensors.index.json beside it names other files" in message
+        assert "remove the one" in message
+    for shard in SHARDS:
+        (tmp_path / shard).unlink()
+    _write_index(tmp_path, dict.fromkeys(tensors, single.name))
+    read_model(tmp_path)
+
+
 def test_file_that_shrinks_while_it_is_read(tmp_path):
     write_model(tmp_path)
     source = SafetensorsSource(tmp_path)
@@ -244,6 +260,46 @@ def test_truncated_file(tmp_path, kept):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     assert f"{path}: truncated or damaged" in _error(tmp_path)
+
+
+def _shard_on_its_own(path):
+    """Two tensors of 48 and 16 bytes whose names do not sort as they lie."""
+    save_file({"b": np.zeros((3, 4), "f4"), "a": np.zeros(8, "f2")}, path)
+    assert SafetensorsSource(path.parent).shapes() == {"b": (3, 4), "a": (8,)}
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (1, "tensor 'a' [8] has 16 bytes, 15 of them are here"),
+        (16, "tensor 'a' [8] has 16 bytes, 0 of them are here"),
+        (17, "tensor 'b' [3, 4] has 48 bytes, 47 of them are here"),
+        (64, "tensor 'b' [3, 4] has 48 bytes, 0 of them are here"),
+    ],
+)
+def test_the_first_tensor_that_is_cut_off_is_named(tmp_path, lost, words):
+    path = tmp_path / "model.safetensors"
+    size = _shard_on_its_own(path)
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(ModelError) as caught:
+        SafetensorsSource(tmp_path)
+    assert str(caught.value) == (
+        f"{path}: truncated or damaged safetensors ({words}; "
+        f"the file has {size - lost} bytes of {size}); copy the file again"
+    )
+
+
+@pytest.mark.parametrize(
+    "header", [b"[1]", b"{", b'{"a": 1}', b'{"a": {"data_offsets": [0, 4]}}', b'{"a": {}}']
+)
+def test_a_header_that_is_none_is_damaged(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    for length in (len(header), 2**63):
+        path.write_bytes(length.to_bytes(8, "little") + header)
+        with pytest.raises(ModelError, match=f"{path}: truncated or damaged") as caught:
+            SafetensorsSource(tmp_path)
+        assert "are here" not in str(caught.value)
 
 
 def test_integer_tensor_is_refused(tmp_path):

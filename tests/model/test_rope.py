@@ -113,6 +113,8 @@ def test_the_original_length_may_stand_beside_or_be_left_out():
         ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor=1.0"]),
         ({"rope_parameters": {"mrope_section": [1, 2]}}, ["mrope_section=[1, 2]"]),
         ({"rope_parameters": {"rope_theta": 0}}, ["rope_theta=0"]),
+        ({"rope_theta": 7000.0}, ["rope_theta=5000.0", "rope_theta=7000.0", "disagree"]),
+        ({"rope_scaling": {"rope_theta": 7e3}}, ["rope_theta=7000.0", "5000.0", "disagree"]),
         ({"rope_parameters": "yarn"}, ["rope_parameters='yarn'"]),
         ({"rope_parameters": YARN, "rope_scaling": LLAMA3}, ["disagree", "'llama3'", "'yarn'"]),
         (

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import tracemalloc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,67 @@ def test_two_stacked_axes_the_second_sharded(monkeypatch, group_bytes):
     np.testing.assert_array_equal(got, expected)
     assert got.sharding == sharding
     assert len(source.asked) == 6
+
+
+def _count_host_blocks(monkeypatch):
+    """The most bytes of blocks that were alive at once, with devices that have their own memory."""
+    new_block, device_put = streaming._new_block, jax.device_put
+    sizes, most = {}, [0]
+
+    def counted(*args):
+        block = new_block(*args)
+        raw = block.bits.base
+        while raw.base is not None:
+            raw = raw.base
+        sizes[id(raw)] = block.bits.nbytes
+        weakref.finalize(raw, sizes.pop, id(raw))
+        most[0] = max(most[0], sum(sizes.values()))
+        return block
+
+    def to_device(arrays, devices=None):
+        return device_put(jax.tree.map(np.copy, arrays), devices)
+
+    monkeypatch.setattr(streaming, "_new_block", counted)
+    monkeypatch.setattr(streaming.jax, "device_put", to_device)
+    return most
+
+
+TENSOR = 3 * 4 * 4
+"""Bytes of one expert's matrix of `Experts`."""
+
+
+@pytest.mark.parametrize(("columns", "experts"), [(1, 1), (1, 2), (2, 2), (2, 1), (1, 4)])
+@pytest.mark.parametrize("group", [1, 2 * TENSOR, 3 * TENSOR, 9 * TENSOR, 17 * TENSOR])
+def test_the_host_holds_one_group_of_experts(monkeypatch, columns, experts, group):
+    """Or one tensor; a layer has 8 of them, spread over `experts` devices."""
+    _as_on_an_accelerator(monkeypatch, group)
+    most = _count_host_blocks(monkeypatch)
+    sharding = None
+    if columns * experts > 1:
+        devices = np.array(jax.devices()[: columns * experts]).reshape(columns, experts)
+        mesh = Mesh(devices, ("columns", "expert"))
+        sharding = NamedSharding(mesh, PartitionSpec(None, "expert", None, "columns"))
+    spec = jax.ShapeDtypeStruct((3, 8, 3, 4), jnp.float32, sharding=sharding)
+    tensor = HFTensor("layers.{}.experts.{}.w", 1, layers=(0, 2, 3))
+    got = streaming.read_parameter(Experts(), tensor, spec)
+    layer, expert, column, row = np.indices(got.shape)
+    layer = np.array([0, 2, 3])[layer]
+    np.testing.assert_array_equal(got, 1000 * layer + 100 * expert + 3 * row + column)
+    assert sharding is None or got.sharding == sharding
+    assert TENSOR <= most[0] <= max(group, TENSOR)
+
+
+def test_a_group_is_written_in_place_and_without_communication():
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("columns", "expert"))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "expert", None, "columns"))
+    spec = jax.ShapeDtypeStruct((3, 8, 64, 64), jnp.float32, sharding=sharding)
+    part = jax.ShapeDtypeStruct((1, 4, 64, 64), jnp.float32, sharding=sharding)
+    compiled = streaming._writer(spec).lower(spec, part, (0, 0)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == spec.size * 4 // 4
+    assert memory.temp_size_in_bytes < part.size
+    for word in ("all-gather", "all-reduce", "collective-permute", "all-to-all"):
+        assert word not in compiled.as_text()
 
 
 def test_parameters_that_took_over_host_memory_may_be_donated(tmp_path):
