@@ -4,8 +4,9 @@
 
 Batch 4 x 512, random weights that both sides read from one folder. The step is the sampled-token
 objective with AdamW and clipping; ours accumulates over micro-batches of one sequence, theirs is
-one fused cross-entropy with weights (its loss is the same number, printed beside). Peak memory is
-the largest resident size of each process, from its start to its end. `ceiling_share` is the rate
+one fused cross-entropy with weights over the whole batch (its loss is the same number, printed
+beside; `accumulated.*` is against theirs by micro-batches of one sequence too). Peak memory is the
+largest resident size of each process, from its start to its end. `ceiling_share` is the rate
 of matrix products in the step or pass over that of one large product measured in the same call.
 `compile.depth_ratio` is the seconds to compile the step with 48 layers over those with 4.
 """
@@ -127,7 +128,7 @@ def ours(folder, what):
 
 
 def theirs(folder, what):
-    """torch and transformers: `train` or `score`."""
+    """torch and transformers: `train`, `accumulated` (by sequence) or `score`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -136,12 +137,12 @@ def theirs(folder, what):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     weight = mask / mask.sum(-1, keepdim=True)
 
-    def logprobs():
-        logits = model(input_ids=inputs, use_cache=False).logits
+    def logprobs(rows=slice(None)):
+        logits = model(input_ids=inputs[rows], use_cache=False).logits
         flat = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
+            logits.reshape(-1, logits.shape[-1]), targets[rows].reshape(-1), reduction="none"
         )
-        return -flat.reshape(BATCH, LENGTH)
+        return -flat.reshape(-1, LENGTH)
 
     if what == "score":
 
@@ -155,15 +156,21 @@ def theirs(folder, what):
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1
     )
 
+    step = 1 if what == "accumulated" else BATCH
+
     def train():
         optimizer.zero_grad()
-        student = logprobs()
-        advantage = (teacher - student.detach()).clamp(-10, 10)
-        loss = -(weight * advantage * student).sum() / BATCH
-        loss.backward()
+        total = 0.0
+        for start in range(0, BATCH, step):
+            rows = slice(start, start + step)
+            student = logprobs(rows)
+            advantage = (teacher[rows] - student.detach()).clamp(-10, 10)
+            loss = -(weight[rows] * advantage * student).sum() / BATCH
+            loss.backward()
+            total += float(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return total
 
     serve(train)
 
@@ -229,19 +236,25 @@ def compare(script, folder, what, passes, rounds):
     """One piece of work on both sides, with the ceiling between them."""
     mine, other = Side(script, "ours", folder, what), Side(script, "theirs", folder, what)
     top = Side(script, "ceiling", folder, what)
-    alternate([mine, top, other], rounds)
+    pieces = [Side(script, "theirs", folder, "accumulated")] if what == "train" else []
+    alternate([mine, top, other, *pieces], rounds)
     peak_rate = 8 * 2 * 2048**3 / median(top.seconds)
     tokens = BATCH * LENGTH
     print(f"\n{what}: batch {BATCH} x {LENGTH}, float32, {rounds} rounds, medians")
-    for name, side in (("opd_jax", mine), ("torch", other)):
+    named = [("opd_jax", mine), ("torch", other), *(("torch by 1", side) for side in pieces)]
+    for name, side in named:
         rate = product_flops(passes) / median(side.seconds)
         print(
-            f"  {name:8} {tokens / median(side.seconds):7.1f} tokens/s   peak"
+            f"  {name:10} {tokens / median(side.seconds):7.1f} tokens/s   peak"
             f" {side.peak / 2**30:5.2f} GiB   {rate / peak_rate:5.2f} of the ceiling"
             f"   first value {side.values[0]:.5f}"
         )
     share = product_flops(passes) / median(mine.seconds) / peak_rate
-    return {
+    accumulated = {}
+    for side in pieces:
+        accumulated["accumulated.ratio"] = ratio(mine, side)
+        accumulated["accumulated.memory_ratio"] = mine.peak / side.peak
+    return accumulated | {
         f"{what}.ratio": ratio(mine, other),
         f"{what}.memory_ratio": mine.peak / other.peak,
         f"{what}.ceiling_share": share,
