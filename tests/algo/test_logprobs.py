@@ -21,7 +21,9 @@ def arrays(b, t, d, v, s, seed=0):
 
 # 151,936 and 4,288 are no powers of two and no multiples of a block.
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize(("v", "rows"), [(6, 1), (130, 7), (4288, None), (4288, 1000)])
+@pytest.mark.parametrize(
+    ("v", "rows"), [(6, 1), (130, 7), (4288, None), (4288, 1000), (151936, None)]
+)
 def test_chosen_logprobs_equal_the_oracle(v, rows, shards):
     hidden, head, ids, _ = arrays(2, 9, 8, v, 3)
     out = chosen_logprobs(hidden, head, ids, shards, rows)
@@ -50,6 +52,24 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, shards, monkeypatch):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_gradient_at_151936_tokens_equals_the_oracle(shards):
+    """With z the logits, d logprob[i] / d z = (1 at i) - softmax(z)."""
+    hidden, head, ids, weight = arrays(2, 9, 8, 151_936, 3)
+
+    def ours(hidden, head):
+        return jnp.sum(weight * chosen_logprobs(hidden, head, ids, shards).logprob_bts)
+
+    wide_hidden, wide_head = hidden.astype(np.float64), head.astype(np.float64)
+    probability = np.exp(oracles.log_softmax(wide_hidden @ wide_head.T))
+    logit_grad = -weight.sum(-1, keepdims=True, dtype=np.float64) * probability
+    for place in np.ndindex(ids.shape):
+        logit_grad[(*place[:2], ids[place])] += weight[place]
+    wanted = (logit_grad @ wide_head, np.einsum("btv,btd->vd", logit_grad, wide_hidden))
+    for got, want in zip(jax.grad(ours, (0, 1))(hidden, head), wanted, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.floats(-30, 30))
 def test_a_shift_of_all_logits_changes_nothing(seed, shift):
@@ -63,8 +83,9 @@ def test_a_shift_of_all_logits_changes_nothing(seed, shift):
     np.testing.assert_allclose(a, b, atol=3e-5)
 
 
-def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted():
-    hidden, head, ids, _ = arrays(2, 5, 8, 50, 1)
+@pytest.mark.parametrize("v", [50, 151_936])
+def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted(v):
+    hidden, head, ids, _ = arrays(2, 5, 8, v, 1)
     out = top_k_logprobs(hidden, head, ids[..., 0], k=4, chunk_tokens=3)
     full = oracles.log_softmax(hidden.astype(np.float64) @ head.T)
     order = np.argsort(-full, axis=-1)[..., :4]
