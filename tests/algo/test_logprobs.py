@@ -32,7 +32,9 @@ def made(mesh):
 
 
 @MESHES
-@pytest.mark.parametrize(("v", "rows"), [(6, 1), (130, 7), (4288, None), (4288, 1000)])
+@pytest.mark.parametrize(
+    ("v", "rows"), [(6, 1), (130, 7), (4288, None), (4288, 1000), (151_936, None)]
+)
 def test_chosen_logprobs_equal_the_oracle(v, rows, mesh):
     hidden, head, ids, _ = arrays(2, 9, 8, v, 3)
     out = chosen_logprobs(hidden, head, ids, made(mesh), rows)
@@ -58,6 +60,24 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, mesh, monkeypatch):
     for got, want in zip(
         jax.grad(ours, (0, 1))(hidden, head), jax.grad(plain, (0, 1))(hidden, head), strict=True
     ):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@MESHES
+def test_gradient_at_151936_tokens_equals_the_oracle(mesh):
+    """With z the logits, d logprob[i] / d z = (1 at i) - softmax(z)."""
+    hidden, head, ids, weight = arrays(2, 9, 8, 151_936, 3)
+
+    def ours(hidden, head):
+        return jnp.sum(weight * chosen_logprobs(hidden, head, ids, made(mesh)).logprob_bts)
+
+    wide_hidden, wide_head = hidden.astype(np.float64), head.astype(np.float64)
+    probability = np.exp(oracles.log_softmax(wide_hidden @ wide_head.T))
+    logit_grad = -weight.sum(-1, keepdims=True, dtype=np.float64) * probability
+    for place in np.ndindex(ids.shape):
+        logit_grad[(*place[:2], ids[place])] += weight[place]
+    wanted = (logit_grad @ wide_head, np.einsum("btv,btd->vd", logit_grad, wide_hidden))
+    for got, want in zip(jax.grad(ours, (0, 1))(hidden, head), wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -92,9 +112,9 @@ def test_the_gradient_of_a_frequent_token_is_a_float32_sum(dtype):
 
 
 @MESHES
-@pytest.mark.parametrize("k", [4, 30, 50])
-def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted(k, mesh):
-    hidden, head, ids, _ = arrays(2, 5, 8, 50, 1)
+@pytest.mark.parametrize(("v", "k"), [(50, 4), (50, 30), (50, 50), (151_936, 4)])
+def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted(v, k, mesh):
+    hidden, head, ids, _ = arrays(2, 5, 8, v, 1)
     out = top_k_logprobs(hidden, head, ids[..., 0], k, made(mesh), chunk_tokens=3)
     full = oracles.log_softmax(hidden.astype(np.float64) @ head.T)
     order = np.argsort(-full, axis=-1)[..., :k]

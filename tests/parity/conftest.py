@@ -1,0 +1,11 @@
+"""Torch is imported inside the tests: without the marker nothing here needs it."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    import torch
+
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
