@@ -70,6 +70,12 @@ def _axes_text(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, absent ones too; without a mesh, of JAX."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def axis_size(mesh: Mesh, logical: str) -> int:
     """How many ways a logical axis is cut on this mesh."""
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))

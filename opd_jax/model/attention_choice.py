@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from opd_jax.core.mesh import axis_size
+from opd_jax.core.mesh import axis_size, platform_of
 from opd_jax.errors import ConfigError
 from opd_jax.model.attention import attend, attend_chunked
 
@@ -74,12 +74,6 @@ def attend_rows(
         "triton": attention_kernels.triton_attention,
     }
     return kernels[name](q_btnh, k_btkh, v_btkh, segments_bt, mesh)
-
-
-def platform_of(mesh: Mesh | None) -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh's devices, absent ones too; without a mesh, of JAX."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def choose_attention(wanted: str, case: AttentionCase) -> str:

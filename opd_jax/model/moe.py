@@ -1,26 +1,27 @@
-"""Mixture of experts: routing, grouped matrix products, and what balances the experts.
+"""Mixture of experts: routing, the experts over a mesh, and what balances them.
 
-Every token reaches all its experts: there is no capacity and nothing is dropped. (token, expert)
-pairs are sorted by expert, so that each expert's rows are one group of `jax.lax.ragged_dot`. On
-accelerators that product skips what is in no group; XLA's fallback on CPU multiplies every row with
-every expert, which is right and slow.
+Every token reaches all its experts: there is no capacity and nothing is dropped. `model.experts`
+has the products, in the form that the platform computes well.
 
 On a mesh the experts lie over the axis `expert`, over which batch rows are cut as well (attention
 would be repeated otherwise). Around the experts, the rows of one `expert` group are gathered; each
-device sorts the pairs of its own experts to the front and multiplies those; the sum over the group
-is scattered back to rows. The buffer holds every pair of the group, for all may choose one device.
+device multiplies the pairs of its own experts; the sum over the group is scattered back to rows. On
+TPUs the buffers hold every pair of the group, for all may choose one device; elsewhere there are
+none, and a device's work follows the pairs that chose it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from opd_jax.core.mesh import sharding_for
+from opd_jax.core.mesh import platform_of, sharding_for
 from opd_jax.model.architecture import Architecture
+from opd_jax.model.experts import Product, Weights, product_on
 
 _ROWS = ("batch", "time", "replicated")
 _IN_AXES = ("experts", "replicated", "ffn")
@@ -74,7 +75,8 @@ def moe_mlp(
     weights = (layer["w_gate"], layer["w_up"], layer["w_down"])
     pairs = (x_btd, routing.weight_bts, routing.expert_bts)
     if mesh is None or mesh.size == 1:
-        out_btd = _experts(*pairs, *weights, first=0)
+        product = product_on(platform_of(mesh), routing.expert_bts.size, arch.num_experts)
+        out_btd = _experts(product, pairs, Weights(*weights), first=0)
     else:
         out_btd = _experts_on_mesh(mesh, pairs, weights)
     return out_btd.astype(x_btd.dtype), router_sums(routing, counted_bt)
@@ -83,10 +85,13 @@ def moe_mlp(
 def _experts_on_mesh(
     mesh: Mesh, pairs: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]
 ) -> jax.Array:
+    experts = weights[0].shape[0]
+
     def body(*local: jax.Array) -> jax.Array:
         gathered = [jax.lax.all_gather(x, "expert", axis=0, tiled=True) for x in local[:3]]
         first = jax.lax.axis_index("expert") * local[3].shape[0]
-        out_btd = jax.lax.psum(_experts(*gathered, *local[3:], first=first), "tensor")
+        product = product_on(platform_of(mesh), gathered[2].size, experts)
+        out_btd = jax.lax.psum(_experts(product, gathered, Weights(*local[3:]), first), "tensor")
         return jax.lax.psum_scatter(out_btd, "expert", scatter_dimension=0, tiled=True)
 
     def spec(x: jax.Array, axes: tuple[str, ...], name: str) -> PartitionSpec:
@@ -101,31 +106,13 @@ def _experts_on_mesh(
 
 
 def _experts(
-    x_btd: jax.Array,
-    weight_bts: jax.Array,
-    expert_bts: jax.Array,
-    w_gate_edf: jax.Array,
-    w_up_edf: jax.Array,
-    w_down_efd: jax.Array,
-    *,
-    first: int | jax.Array,
+    product: Product, pairs: Sequence[jax.Array], weights: Weights, first: int | jax.Array
 ) -> jax.Array:
-    """float32 [b, t, d]: what experts `first` to `first + e - 1` add to each token."""
-    (b, t, d), s, experts = x_btd.shape, expert_bts.shape[-1], w_gate_edf.shape[0]
-    local = expert_bts.reshape(-1) - first
-    own = (local >= 0) & (local < experts)
-    group = jnp.where(own, local, experts)  # pairs of other devices come last
-    order = jnp.argsort(group)
-    size_e = jnp.sum(group[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
-    # Rows in no group: their products and gradients are undefined on some backends.
-    held = own[order][:, None]
-    rows = jnp.where(held, x_btd.reshape(b * t, d)[order // s], 0)
-    gate = jax.lax.ragged_dot(rows, w_gate_edf, size_e)
-    up = jax.lax.ragged_dot(rows, w_up_edf, size_e)
-    hidden = jnp.where(held, jax.nn.silu(gate) * up, 0)
-    out = jax.lax.ragged_dot(hidden, w_down_efd, size_e, preferred_element_type=jnp.float32)
-    out_bts = jnp.where(held, out, 0)[jnp.argsort(order)].reshape(b, t, s, d)
-    return jnp.sum(out_bts * weight_bts[..., None], axis=2)
+    """float32 [b, t, d]: what the held experts, `first` and those after it, add to each token."""
+    x_btd, weight_bts, expert_bts = pairs
+    s = expert_bts.shape[-1]
+    x_td, weight_ts = x_btd.reshape(-1, x_btd.shape[-1]), weight_bts.reshape(-1, s)
+    return product(x_td, weight_ts, expert_bts.reshape(-1, s) - first, weights).reshape(x_btd.shape)
 
 
 def router_sums(routing: Routing, counted_bt: jax.Array | None) -> RouterSums:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax.config import MeshConfig
-from opd_jax.core.mesh import make_mesh
+from opd_jax.core.mesh import make_mesh, platform_of
 from opd_jax.fit.topology import devices_of
 from opd_jax.model import attention_kernels
-from opd_jax.model.attention_choice import AttentionCase, choose_attention, platform_of
+from opd_jax.model.attention_choice import AttentionCase, choose_attention
 
 HEADS, KV_HEADS = 16, 4
 

@@ -1,8 +1,10 @@
 """Run in a process of its own: compile a train step for absent devices, print its memory.
 
 python tests/fit/compile_step.py v5e:2x2 offload
+python tests/fit/compile_step.py h100:4 full 64    # two layers, each with 64 experts
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -38,9 +40,22 @@ ARCHITECTURE = Architecture(
 )
 
 
-def main(target: str, remat: str) -> None:
+def with_experts(experts: int) -> Architecture:
+    return dataclasses.replace(
+        ARCHITECTURE,
+        family="qwen3_moe",
+        num_layers=2,
+        sparse_layers=(0, 1),
+        num_experts=experts,
+        experts_per_token=8,
+        expert_ffn_dim=256,
+    )
+
+
+def main(target: str, remat: str, experts: str = "0") -> None:
     mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
-    model = LanguageModel(ARCHITECTURE, "bfloat16", remat, mesh)
+    arch = with_experts(int(experts)) if int(experts) else ARCHITECTURE
+    model = LanguageModel(arch, "bfloat16", remat, mesh)
     optimizer = make_optimizer(model, LoopConfig())
 
     def array(dtype):
@@ -52,7 +67,8 @@ def main(target: str, remat: str) -> None:
     step = make_train_step(model, Objective("sampled"), optimizer, 1)
     compiled = step.lower(abstract_state(model, optimizer), batch).compile()
     memory = compiled.memory_analysis()
-    inputs = ARCHITECTURE.num_layers * ROWS // mesh.size * TOKENS * ARCHITECTURE.embed_dim * 2
+    inputs = arch.num_layers * ROWS // mesh.size * TOKENS * arch.embed_dim * 2
+    weights = len(arch.sparse_layers) * arch.num_experts * 3 * arch.embed_dim * arch.expert_ffn_dim
     print(
         json.dumps(
             {
@@ -61,6 +77,7 @@ def main(target: str, remat: str) -> None:
                 "layer_inputs": inputs,
                 # In the loops over layers: forward, two backward, and what is repeated.
                 "kernels": len(re.findall(KERNEL, compiled.as_text())),
+                "expert_weights": weights,
             }
         )
     )

@@ -12,8 +12,8 @@ from opd_jax.fit.topology import environment
 SCRIPT = Path(__file__).with_name("compile_step.py")
 
 
-def memory(target, remat):
-    command = [sys.executable, str(SCRIPT), target, remat]
+def memory(target, remat, experts=0):
+    command = [sys.executable, str(SCRIPT), target, remat, str(experts)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

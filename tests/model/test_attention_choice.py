@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from opd_jax.config import MeshConfig
-from opd_jax.core.mesh import make_mesh
+from opd_jax.core.mesh import make_mesh, platform_of
 from opd_jax.errors import ConfigError
-from opd_jax.model.attention_choice import AttentionCase, choose_attention, platform_of
+from opd_jax.model.attention_choice import AttentionCase, choose_attention
 
 
 def case(**changes):

@@ -100,7 +100,8 @@ def test_sharded_equals_unsharded_with_gradients(mesh):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got[1]), jax.tree.leaves(want[1]), strict=True
     ):
-        np.testing.assert_allclose(a, b, atol=1e-4, err_msg=str(path))
+        atol = 2e-6 * np.abs(np.asarray(b)).max()  # rounding: gradients are sums of large terms
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
         assert np.abs(np.asarray(b)).max() > 1e-4, path
 
 
