@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from opd_jax.core.mesh import constrain, sharding_for
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.attention import SAVED
 from opd_jax.model.attention_choice import attend_rows
+from opd_jax.model.embedding import embed
 from opd_jax.model.moe import RouterSums, moe_mlp
 from opd_jax.model.rope import RopeTables, rope_tables, rotate
 
@@ -207,8 +207,7 @@ class LanguageModel:
             segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
-        embedded = _embed(params["embed"], tokens_bt, self.compute_dtype)
-        x_btd = typing.cast(jax.Array, embedded)  # `custom_vjp` hides the type
+        x_btd = embed(params["embed"], tokens_bt, self.compute_dtype)
         params = cast(params, self.compute_dtype)
         x_btd = constrain(x_btd, self.mesh, HIDDEN_AXES, "hidden")
         rope = rope_tables(positions_bt, self.arch)
@@ -229,32 +228,6 @@ class LanguageModel:
         keys, values = _joined(new)
         hidden_btd = rms_norm(x_btd, params["final_norm"], self.arch.norm_eps)
         return ForwardOutput(hidden_btd, keys, values, _joined(routers) if routers else None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> jax.Array:
-    """Rows of the embedding in the compute dtype; their gradients are added up in float32.
-
-    In bfloat16 the sum over a frequent token's positions would stop growing.
-    """
-    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0)
-
-
-def _embed_fwd(
-    table_vd: jax.Array, tokens_bt: jax.Array, dtype: str
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0), (table_vd, tokens_bt)
-
-
-def _embed_bwd(
-    dtype: str, saved: tuple[jax.Array, jax.Array], grad_btd: jax.Array
-) -> tuple[jax.Array, None]:
-    table_vd, tokens_bt = saved
-    zeros = jnp.zeros(table_vd.shape, jnp.float32)
-    return zeros.at[tokens_bt].add(grad_btd.astype(jnp.float32)).astype(table_vd.dtype), None
-
-
-_embed.defvjp(_embed_fwd, _embed_bwd)
 
 
 def layer_runs(arch: Architecture, params: Params) -> Iterator[Params]:
