@@ -167,7 +167,7 @@ def theirs(folder, what):
             advantage = (teacher[rows] - student.detach()).clamp(-10, 10)
             loss = -(weight[rows] * advantage * student).sum() / BATCH
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return total
