@@ -1,7 +1,8 @@
 """Log-probs of chosen tokens from hidden states, without a [batch, time, vocab] array in memory.
 
 The logits of a block of the vocabulary exist at a time, for all tokens; the backward pass computes
-them again. So every row of the head is read once, and its gradient written once. The log-sum-exp
+them again, unless the tokens are so few that keeping the logits costs less than the head's gradient
+does. So every row of the head is read once, and its gradient written once. The log-sum-exp
 and the head's gradient are float32, over the true vocabulary, whatever its size. The head comes as
 the parameter it is: it is cast and gathered here, so that its gradient is never rounded to the
 compute dtype, in which a frequent token's sum would stop growing.
@@ -21,6 +22,7 @@ from opd_jax.core.mesh import axis_size, constrain
 
 BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
+KEPT_LOGITS = 2**27  # half a GiB
 CHUNK_TOKENS = 1024
 LOWEST = -1e30  # finite: 0 * LOWEST is 0
 
@@ -49,6 +51,8 @@ class _Plan(NamedTuple):
     """Pieces of the vocabulary, as the mesh cuts it: each is run through on its own."""
     rows: int
     """Rows of each piece whose logits exist at a time."""
+    keep: bool
+    """Whether the backward pass finds the logits of the forward pass."""
 
 
 def chosen_logprobs(
@@ -68,10 +72,12 @@ def chosen_logprobs(
         block_rows: rows of each piece of the vocabulary whose logits exist at a time; `None`: as
             many as keep them below `BLOCK_LOGITS`.
     """
-    b, t, _ = hidden_btd.shape
+    b, t, d = hidden_btd.shape
+    v = head_vd.shape[0]
     shards = 1 if mesh is None else axis_size(mesh, "vocab")
     fitting = block_rows or max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards))
-    plan = _Plan(mesh, shards, min(head_vd.shape[0] // shards, fitting))
+    keep = b * t <= d and b * t * v <= KEPT_LOGITS
+    plan = _Plan(mesh, shards, min(v // shards, fitting), keep)
     found = _chosen(hidden_btd, head_vd, ids_bts, plan)
     return ChosenLogprobs(*cast(tuple[jax.Array, jax.Array], found))  # `custom_vjp` hides the type
 
@@ -164,6 +170,13 @@ def _chosen_logits(hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array
     return _join(jax.lax.map(body, (_cut(hidden_btd, chunk), _cut(ids_bts, chunk))), t)
 
 
+class _Blocks(NamedTuple):
+    """Logits [n, c, b, t] of each block of the vocabulary; `None`: not kept."""
+
+    stack: jax.Array | None  # with a leading axis: the blocks of `plan.rows`
+    rest: jax.Array | None  # of the smaller block that is left
+
+
 class _Saved(NamedTuple):
     """What the backward pass needs."""
 
@@ -172,6 +185,7 @@ class _Saved(NamedTuple):
     ids_bts: jax.Array
     lse_bt: jax.Array
     like: jax.Array  # empty, of the parameter's dtype
+    logits: _Blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -187,9 +201,9 @@ def _chosen_fwd(
 ) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
     like = jnp.zeros((0,), head_vd.dtype)
     head_vd = _gathered(head_vd, hidden_btd.dtype, plan.mesh)
-    lse_bt, entropy_bt = _normaliser(hidden_btd, head_vd, plan)
+    lse_bt, entropy_bt, logits = _normaliser(hidden_btd, head_vd, plan)
     logprob_bts = _chosen_logits(hidden_btd, head_vd, ids_bts) - lse_bt[..., None]
-    return (logprob_bts, entropy_bt), _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like)
+    return (logprob_bts, entropy_bt), _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like, logits)
 
 
 def _chosen_bwd(
@@ -230,38 +244,54 @@ def _add_chosen_grads(
 def _over_vocabulary(
     head_vd: jax.Array,
     plan: _Plan,
-    body: Callable[[jax.Array, Any, Any], Any],
+    body: Callable[[jax.Array, Any, Any, jax.Array | None], tuple[Any, jax.Array | None]],
     carry: Any,
-) -> Any:
-    """Run `body(head_ncd, start, carry)` over blocks of c rows of each of the n shards.
+    kept: _Blocks,
+) -> tuple[Any, _Blocks]:
+    """Run `body(head_ncd, start, carry, kept)` over blocks of c rows of each of the n shards.
 
-    Blocks of `plan.rows` in a loop, then the smaller one that is left.
+    Blocks of `plan.rows` in a loop, then the smaller one that is left. A body gives the next carry
+    and what to keep of its block.
     """
     head_nvd = head_vd.reshape(plan.shards, -1, head_vd.shape[-1])
     size, rows = head_nvd.shape[1], plan.rows
 
-    def block(j: jax.Array, carry: Any) -> Any:
+    def block(carry: Any, xs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, jax.Array | None]:
+        j, kept_ncbt = xs
         head_ncd = jax.lax.dynamic_slice_in_dim(head_nvd, j * rows, rows, axis=1)
-        return body(head_ncd, j * rows, carry)
+        return body(head_ncd, j * rows, carry, kept_ncbt)
 
-    carry = jax.lax.fori_loop(0, size // rows, block, carry)
+    carry, stack = jax.lax.scan(block, carry, (jnp.arange(size // rows), kept.stack))
     start = size - size % rows
-    return carry if start == size else body(head_nvd[:, start:], start, carry)
+    if start == size:
+        return carry, _Blocks(stack, None)
+    carry, rest = body(head_nvd[:, start:], start, carry, kept.rest)
+    return carry, _Blocks(stack, rest)
 
 
 def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32)
+    """With the vocabulary first: as the head's gradient reads its large operand."""
+    return jnp.einsum("ncd,btd->ncbt", head_ncd, hidden_btd, preferred_element_type=jnp.float32)
 
 
 def _normaliser(
     hidden_btd: jax.Array, head_vd: jax.Array, plan: _Plan
-) -> tuple[jax.Array, jax.Array]:
-    """Log-sum-exp and entropy at every position, float32."""
+) -> tuple[jax.Array, jax.Array, _Blocks]:
+    """Log-sum-exp and entropy at every position, float32; and the logits that are kept."""
 
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
-    def body(head_ncd: jax.Array, _: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def body(
+        head_ncd: jax.Array, _: Any, carry: tuple[jax.Array, ...], __: jax.Array | None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         top_btn, total_btn, spread_btn = carry
-        logits_btnc = _block_logits(hidden_btd, head_ncd)
+        logits_ncbt = None
+        if plan.keep:
+            logits_ncbt = _block_logits(hidden_btd, head_ncd)
+            logits_btnc = jnp.moveaxis(logits_ncbt, (0, 1), (2, 3))
+        else:
+            logits_btnc = jnp.einsum(
+                "btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32
+            )
         new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
         below = logits_btnc - new_top[..., None]
         weight = jnp.exp(below)
@@ -269,14 +299,15 @@ def _normaliser(
         spread_btn = (spread_btn + total_btn * moved) * jnp.exp(moved)
         spread_btn += jnp.sum(weight * below, axis=-1)
         total_btn = total_btn * jnp.exp(moved) + jnp.sum(weight, axis=-1)
-        return new_top, total_btn, spread_btn
+        return (new_top, total_btn, spread_btn), logits_ncbt
 
     zero = jnp.zeros((*hidden_btd.shape[:2], plan.shards), jnp.float32)
     start = (zero + LOWEST, zero, zero)
-    top, total, spread = _over_vocabulary(head_vd, plan, body, start)
+    nothing = _Blocks(None, None)
+    (top, total, spread), logits = _over_vocabulary(head_vd, plan, body, start, nothing)
     lse_bt = jax.nn.logsumexp(top + jnp.log(total), axis=-1)
     above = lse_bt[..., None] - top
-    return lse_bt, jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1)
+    return lse_bt, jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1), logits
 
 
 def _normaliser_grads(
@@ -286,27 +317,27 @@ def _normaliser_grads(
     hidden_btd, head_vd = saved.hidden_btd, saved.head_vd
 
     def body(
-        head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
+        head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], kept: jax.Array | None
+    ) -> tuple[tuple[jax.Array, ...], None]:
         hidden_grad_nbtd, head_grad_nvd = carry
-        prob = jnp.exp(_block_logits(hidden_btd, head_ncd) - saved.lse_bt[..., None, None])
-        logit_grad = (prob * grad_bt[..., None, None]).astype(hidden_btd.dtype)
+        logits_ncbt = _block_logits(hidden_btd, head_ncd) if kept is None else kept
+        prob_ncbt = jnp.exp(logits_ncbt - saved.lse_bt[None, None])
+        logit_grad = (prob_ncbt * grad_bt[None, None]).astype(hidden_btd.dtype)
         hidden_grad_nbtd += jnp.einsum(
-            "btnc,ncd->nbtd", logit_grad, head_ncd, preferred_element_type=jnp.float32
+            "ncbt,ncd->nbtd", logit_grad, head_ncd, preferred_element_type=jnp.float32
         )
         block = jnp.einsum(
-            "btnc,btd->ncd", logit_grad, hidden_btd, preferred_element_type=jnp.float32
+            "ncbt,btd->ncd", logit_grad, hidden_btd, preferred_element_type=jnp.float32
         )
-        return hidden_grad_nbtd, jax.lax.dynamic_update_slice_in_dim(
-            head_grad_nvd, block, start, axis=1
-        )
+        head_grad_nvd = jax.lax.dynamic_update_slice_in_dim(head_grad_nvd, block, start, axis=1)
+        return (hidden_grad_nbtd, head_grad_nvd), None
 
     v, d = head_vd.shape
     zeros = (
         jnp.zeros((plan.shards, *hidden_btd.shape), jnp.float32),
         jnp.zeros((plan.shards, v // plan.shards, d), jnp.float32),
     )
-    hidden_grad, head_grad = _over_vocabulary(head_vd, plan, body, zeros)
+    (hidden_grad, head_grad), _ = _over_vocabulary(head_vd, plan, body, zeros, saved.logits)
     return jnp.sum(hidden_grad, axis=0), head_grad.reshape(v, d)
 
 

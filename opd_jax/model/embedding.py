@@ -8,33 +8,32 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+Pair = tuple[jax.Array, jax.Array]
 
-def embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> jax.Array:
-    """Rows [b, t, d] of the embedding in the compute dtype; their gradients are summed in float32.
 
-    In bfloat16 the sum over a frequent token's positions would stop growing.
+def embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> Pair:
+    """Rows [b, t, d] of the embedding in the compute dtype, and the embedding for other uses.
+
+    The rows' gradients are summed in float32: in bfloat16 the sum over a frequent token's positions
+    would stop growing. They are added to the gradient of the other uses (a tied output head), so
+    that one array of [v, d] exists and not two.
     """
-    rows = _embed(table_vd, tokens_bt, dtype)
-    return cast(jax.Array, rows)  # `custom_vjp` hides the type
+    return cast(Pair, _embed(table_vd, tokens_bt, dtype))  # `custom_vjp` hides the type
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> jax.Array:
-    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0)
+def _embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> Pair:
+    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0), table_vd
 
 
-def _embed_fwd(
-    table_vd: jax.Array, tokens_bt: jax.Array, dtype: str
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.take(table_vd.astype(dtype), tokens_bt, axis=0), (table_vd, tokens_bt)
+def _embed_fwd(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str) -> tuple[Pair, jax.Array]:
+    return (jnp.take(table_vd.astype(dtype), tokens_bt, axis=0), table_vd), tokens_bt
 
 
-def _embed_bwd(
-    dtype: str, saved: tuple[jax.Array, jax.Array], grad_btd: jax.Array
-) -> tuple[jax.Array, None]:
-    table_vd, tokens_bt = saved
-    zeros = jnp.zeros(table_vd.shape, jnp.float32)
-    return zeros.at[tokens_bt].add(grad_btd.astype(jnp.float32)).astype(table_vd.dtype), None
+def _embed_bwd(dtype: str, tokens_bt: jax.Array, grads: Pair) -> tuple[jax.Array, None]:
+    rows_btd, table_vd = grads
+    total_vd = table_vd.astype(jnp.float32).at[tokens_bt].add(rows_btd.astype(jnp.float32))
+    return total_vd.astype(table_vd.dtype), None
 
 
 _embed.defvjp(_embed_fwd, _embed_bwd)

@@ -26,6 +26,7 @@ from opd_jax.model.architecture import Architecture
 from opd_jax.model.attention import SAVED
 from opd_jax.model.attention_choice import attend_rows
 from opd_jax.model.embedding import embed
+from opd_jax.model.linear import linear
 from opd_jax.model.moe import RouterSums, moe_mlp
 from opd_jax.model.rope import RopeTables, rope_tables, rotate
 
@@ -43,6 +44,9 @@ class ForwardOutput(NamedTuple):
     keys: jax.Array  # [l, b, t, k, h]
     values: jax.Array  # [l, b, t, k, h]
     router: RouterSums | None  # with sparse layers
+    head_vd: jax.Array
+    """`LanguageModel.head_parameter`. A loss reads it from here: a tied embedding's gradients as
+    input and as head are then one array."""
 
 
 def _weight(
@@ -207,7 +211,8 @@ class LanguageModel:
             segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
-        x_btd = embed(params["embed"], tokens_bt, self.compute_dtype)
+        x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype)
+        head_vd = table_vd if self.arch.tie_embeddings else params["head"]
         params = cast(params, self.compute_dtype)
         x_btd = constrain(x_btd, self.mesh, HIDDEN_AXES, "hidden")
         rope = rope_tables(positions_bt, self.arch)
@@ -227,7 +232,8 @@ class LanguageModel:
             routers += [] if router is None else [router]
         keys, values = _joined(new)
         hidden_btd = rms_norm(x_btd, params["final_norm"], self.arch.norm_eps)
-        return ForwardOutput(hidden_btd, keys, values, _joined(routers) if routers else None)
+        router = _joined(routers) if routers else None
+        return ForwardOutput(hidden_btd, keys, values, router, head_vd)
 
 
 def layer_runs(arch: Architecture, params: Params) -> Iterator[Params]:
@@ -309,24 +315,24 @@ def run_layer(
         q, k, v = _project(arch, layer, y)
         mixed, kept = mix(rotate(q, rope), rotate(k, rope), v)
         # Not einsum: it contracts in alphabetical order (h, n), which copies the weight transposed.
-        x_btd = checkpoint_name(x_btd + jnp.tensordot(mixed, layer["wo"], axes=2), "attended")
+        x_btd = checkpoint_name(x_btd + linear(mixed, layer["wo"], 2), "attended")
     with jax.named_scope("mlp"):
         y = rms_norm(x_btd, layer["mlp_norm"], arch.norm_eps)
         if "router" in layer:
             out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt)
             return x_btd + out, kept, router
-        gate = checkpoint_name(jnp.einsum("btd,df->btf", y, layer["w_gate"]), "gate")
-        up = checkpoint_name(jnp.einsum("btd,df->btf", y, layer["w_up"]), "up")
-        x_btd = x_btd + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, layer["w_down"])
+        gate = checkpoint_name(linear(y, layer["w_gate"]), "gate")
+        up = checkpoint_name(linear(y, layer["w_up"]), "up")
+        x_btd = x_btd + linear(jax.nn.silu(gate) * up, layer["w_down"])
     return x_btd, kept, None
 
 
 def _project(
     arch: Architecture, layer: Params, y_btd: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q = jnp.einsum("btd,dnh->btnh", y_btd, layer["wq"])
-    k = jnp.einsum("btd,dkh->btkh", y_btd, layer["wk"])
-    v = jnp.einsum("btd,dkh->btkh", y_btd, layer["wv"])
+    q = linear(y_btd, layer["wq"])
+    k = linear(y_btd, layer["wk"])
+    v = linear(y_btd, layer["wv"])
     if arch.qkv_bias:
         q, k, v = (x + layer[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if arch.qk_norm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from opd_jax.config import LoopConfig, OptimConfig
@@ -42,7 +43,7 @@ def make_optimizer(model: LanguageModel, loop: LoopConfig) -> optax.GradientTran
     """Clip by global norm, then AdamW."""
     config = loop.optim
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        _clip(config.clip_norm),
         optax.adamw(
             learning_rate(config, loop.steps),
             b1=config.b1,
@@ -52,3 +53,16 @@ def make_optimizer(model: LanguageModel, loop: LoopConfig) -> optax.GradientTran
             mask=decay_mask(model),
         ),
     )
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` as one product with a scalar.
+
+    Optax divides every entry, and XLA keeps the quotients: a second copy of all gradients.
+    """
+
+    def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        scale = jnp.minimum(1.0, norm / jnp.maximum(optax.tree.norm(updates), 1e-30))
+        return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates)
+
+    return optax.stateless(scaled)

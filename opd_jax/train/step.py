@@ -14,7 +14,7 @@ from opd_jax.algo.losses import Loss, diagnostics, sampled_opd, sft_loss, topk_r
 from opd_jax.core.mesh import batch_sharding, replicated
 from opd_jax.errors import ConfigError
 from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
-from opd_jax.model.transformer import LanguageModel, Params
+from opd_jax.model.transformer import ForwardOutput, LanguageModel, Params
 
 
 class TrainState(NamedTuple):
@@ -51,7 +51,7 @@ def batch_loss(model: LanguageModel, objective: Objective, params: Params, batch
         batch.get("segments_bt"),
         _counted(batch) if model.arch.sparse_layers else None,
     )
-    loss = _token_loss(model, objective, params, batch, out.hidden_btd)
+    loss = _token_loss(model, objective, out, batch)
     return loss if out.router is None else _with_router(loss, out.router, objective.router_balance)
 
 
@@ -79,12 +79,12 @@ def _with_router(loss: Loss, router: RouterSums, coefficient: float) -> Loss:
 
 
 def _token_loss(
-    model: LanguageModel, objective: Objective, params: Params, batch: Batch, hidden_btd: jax.Array
+    model: LanguageModel, objective: Objective, out: ForwardOutput, batch: Batch
 ) -> Loss:
     ids_bts = batch["target_bt"][..., None]
     if objective.kind == "topk":
         ids_bts = jnp.concatenate([ids_bts, batch["support_ids_bts"]], axis=-1)
-    chosen = chosen_logprobs(hidden_btd, model.head_parameter(params), ids_bts, model.mesh)
+    chosen = chosen_logprobs(out.hidden_btd, out.head_vd, ids_bts, model.mesh)
     student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
     if objective.kind == "sft":
         return sft_loss(student_bt, mask_bt)
@@ -143,12 +143,12 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, loss = gradients(model, objective, state.params, batch, pieces)
-        divisor = jnp.maximum(loss.divisor, 1e-9)
-        grads = jax.tree.map(lambda g: g / divisor, grads)
+        scale = 1 / jnp.maximum(loss.divisor, 1e-9)
+        grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": loss.total / divisor,
+            "loss": loss.total * scale,
             "grad_norm": optax.tree.norm(grads),
             "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.params),
             **loss.sums,

@@ -122,3 +122,27 @@ def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted(v, k, mesh):
     np.testing.assert_array_equal(out.ids_btk, order)
     np.testing.assert_allclose(out.logprob_btk, np.take_along_axis(full, order, -1), atol=2e-5)
     np.testing.assert_allclose(out.logprob_bt, np.take_along_axis(full, ids, -1)[..., 0], atol=2e-5)
+
+
+def test_kept_logits_change_nothing():
+    """Few tokens keep their logits for the backward pass, in blocks and a smaller last one."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    hidden = jax.random.normal(keys[0], (2, 3, 16))
+    head = jax.random.normal(keys[1], (37, 16))
+    ids = jax.random.randint(keys[2], (2, 3, 2), 0, 37)
+
+    def run(copies: int, block_rows: int):
+        many = jnp.tile(hidden, (copies, 1, 1))
+
+        def total(many, head):
+            found = chosen_logprobs(many, head, jnp.tile(ids, (copies, 1, 1)), None, block_rows)
+            return jnp.sum(jnp.sin(found.logprob_bts)) / copies, found.entropy_bt[:2]
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(many, head)
+
+    (kept, kept_entropy), kept_grads = run(1, 8)  # 6 tokens, fewer than the width
+    (again, entropy), grads = run(4, 8)  # 24 tokens: the logits are computed again
+    np.testing.assert_allclose(kept, again, rtol=1e-6)
+    np.testing.assert_allclose(kept_entropy, entropy, rtol=1e-6)
+    np.testing.assert_allclose(kept_grads[0], 4 * grads[0][:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(kept_grads[1], grads[1], rtol=1e-5, atol=1e-5)
