@@ -193,7 +193,7 @@ def _chosen(
     hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs [b, t, s] and entropy [b, t], float32; the entropy carries no gradient."""
-    return _chosen_fwd(hidden_btd, head_vd, ids_bts, plan)[0]
+    return _chosen_fwd(hidden_btd, head_vd, ids_bts, plan._replace(keep=False))[0]
 
 
 def _chosen_fwd(
