@@ -61,7 +61,7 @@ class ModelConfig(Frozen):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on accelerators, float32 on CPU."""
     remat: Literal["none", "dots", "full", "offload"] = "none"
-    attention: Literal["auto", "xla", "chunked", "splash", "triton", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "chunked", "splash", "triton"] = "auto"
     """`auto`: what fits platform and shape; see `opd_jax.model.attention_choice`."""
 
 

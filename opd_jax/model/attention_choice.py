@@ -12,11 +12,10 @@ from opd_jax.errors import ConfigError
 from opd_jax.model.attention import attend, attend_chunked
 
 KERNEL_OF = {"tpu": "splash", "gpu": "triton"}
-RUNS_ON = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}
+RUNS_ON = {"splash": "tpu", "triton": "gpu"}
 SHORTEST_FOR_KERNEL = 128
 """Tokens: the kernels compute whole blocks of about this many, however few are there."""
 LARGEST_TRITON_HEAD = 128
-LARGEST_CUDNN_HEAD = 128
 
 
 class AttentionCase(NamedTuple):
@@ -67,8 +66,6 @@ def attend_rows(
         return plain(q_btnh, k_btkh, v_btkh, segments_bt)
     from opd_jax.model import attention_kernels  # Pallas takes a second to import
 
-    if name == "cudnn":  # chosen for unpacked rows only
-        return attention_kernels.cudnn_attention(q_btnh, k_btkh, v_btkh, None, mesh)
     kernels = {
         "splash": attention_kernels.splash_attention,
         "triton": attention_kernels.triton_attention,
@@ -83,7 +80,6 @@ def choose_attention(wanted: str, case: AttentionCase) -> str:
     |---|---|---|
     | `splash` | Pallas kernel of TPUs | TPU, from 128 tokens |
     | `triton` | Pallas-Triton kernel of GPUs | GPU, from 128 tokens, heads up to 128 |
-    | `cudnn` | cuDNN's kernel | nothing: no packed rows, and a compiler without cuDNN fails |
     | `chunked` | tiles of scores, plain XLA | the rest |
     | `xla` | all scores at once, plain XLA | nothing: on CPU it takes two to three times as long |
 
@@ -123,14 +119,4 @@ def _problem(name: str, case: AttentionCase) -> str | None:
             return f"cuts '{logical}'={size} into {ways} equal parts on this mesh, which fails"
     if name == "triton" and case.head_dim > LARGEST_TRITON_HEAD:
         return f"takes heads up to {LARGEST_TRITON_HEAD}, not {case.head_dim}"
-    return _cudnn_problem(case) if name == "cudnn" else None
-
-
-def _cudnn_problem(case: AttentionCase) -> str | None:
-    if case.packed:
-        return "has no segments, and these rows are packed"
-    if case.dtype != "bfloat16":
-        return f"computes in bfloat16, not {case.dtype}"
-    if case.head_dim % 8 or case.head_dim > LARGEST_CUDNN_HEAD:
-        return f"takes heads of a multiple of 8 up to {LARGEST_CUDNN_HEAD}, not {case.head_dim}"
     return None

@@ -80,20 +80,6 @@ def triton_attention(
     return _on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
 
 
-def cudnn_attention(
-    q_btnh: jax.Array,
-    k_btkh: jax.Array,
-    v_btkh: jax.Array,
-    segments_bt: None,
-    mesh: Mesh | None,
-) -> jax.Array:
-    """cuDNN's kernel for bfloat16 on GPUs; it has no segments, so no packed rows.
-
-    Arguments, result and errors of `splash_attention`. It needs cuDNN where it is compiled.
-    """
-    return _on_each_device(_cudnn_local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
-
-
 def _on_each_device(
     local: Callable[[Inputs], jax.Array], inputs: Inputs, mesh: Mesh | None
 ) -> jax.Array:
@@ -253,8 +239,3 @@ def triton_blocks(t: int, head_dim: int, itemsize: int) -> triton.BlockSizes:
         block_q_dq=backward,
         block_kv_dq=backward,
     )
-
-
-def _cudnn_local(inputs: Inputs) -> jax.Array:
-    q, k, v, _ = inputs
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -46,7 +46,6 @@ def test_xla_does_everything_that_is_asked_of_it(name):
 
 def test_a_wish_within_reach():
     assert choose_attention("splash", case(platform="tpu", tokens=5)) == "splash"
-    assert choose_attention("cudnn", case(platform="gpu")) == "cudnn"
 
 
 REFUSED = [
@@ -57,9 +56,6 @@ REFUSED = [
         "runs on gpu only, and the devices are tpu; set it to 'splash'",
     ),
     ("triton", {"platform": "gpu", "head_dim": 320}, "takes heads up to 128, not 320"),
-    ("cudnn", {"platform": "gpu", "packed": True}, "no segments, .*; set it to 'triton'"),
-    ("cudnn", {"platform": "gpu", "dtype": "float32"}, "in bfloat16, not float32"),
-    ("cudnn", {"platform": "gpu", "head_dim": 100}, "a multiple of 8 up to 128, not 100"),
 ]
 
 
