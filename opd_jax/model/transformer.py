@@ -212,7 +212,7 @@ class LanguageModel:
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
         x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype)
-        head_vd = table_vd if self.arch.tie_embeddings else params["head"]
+        head_vd = self.head_parameter(params | {"embed": table_vd})
         params = cast(params, self.compute_dtype)
         x_btd = constrain(x_btd, self.mesh, HIDDEN_AXES, "hidden")
         rope = rope_tables(positions_bt, self.arch)
