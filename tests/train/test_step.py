@@ -2,6 +2,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from models import tiny
 
@@ -109,6 +110,32 @@ def test_weight_decay_spares_norms_and_biases():
     for name in ("attn_norm", "mlp_norm", "q_norm", "bq", "bv"):
         assert not mask["layers"][name], name
     assert not mask["final_norm"]
+
+
+def test_the_optimizer_is_that_of_optax_with_clipping():
+    """Gradients beyond the norm, then within it: Adam's moments tell a clipped one from others."""
+    model, params = tiny()
+    mine = make_optimizer(model, LOOP)
+    config = LOOP.optim
+    plain = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, LOOP.steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask(model),
+        ),
+    )
+    states = [mine.init(params), plain.init(params)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for size in (3.0, 1e-4):
+        grads = jax.tree.map(lambda x, size=size: size * x, params)
+        found, states[0] = mine.update(grads, states[0], params)
+        expected, states[1] = plain.update(grads, states[1], params)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
 
 
 def test_learning_rate_schedule():
