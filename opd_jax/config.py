@@ -90,8 +90,22 @@ class SamplingConfig(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_new_tokens: int = Field(default=4096, ge=1)
+    min_new_tokens: int = Field(default=0, ge=0)
+    """No end token and no stop string ends a response before it has this many tokens."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
+    """A response ends with the token that completes one of these texts."""
     samples_per_prompt: int = Field(default=1, ge=1)
     slots: int = Field(default=32, ge=1)
+    """Samples in flight at once."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> SamplingConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is above "
+                f"max_new_tokens {self.max_new_tokens}; lower it"
+            )
+        return self
 
 
 class OptimConfig(Frozen):

@@ -206,15 +206,16 @@ def _transposed(x_bkgcs: jax.Array, y_bkgch: jax.Array) -> jax.Array:
 
 
 def attend_cached(
-    q_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, lengths_b: jax.Array
+    q_btnh: jax.Array, keys_bkhs: jax.Array, values_bksh: jax.Array, lengths_b: jax.Array
 ) -> jax.Array:
     """Attention of one new token per row (t = 1) over a cache that already holds that token.
 
-    The cache has its kv heads before its positions: both products then read it as it lies.
+    Keys have their positions last and values before the head dimension: both products then read
+    the cache as it lies.
 
     Args:
         q_btnh: queries, t = 1.
-        keys_bksh: row b's tokens at positions 0 to `lengths_b[b] - 1`, the new one last.
+        keys_bkhs: row b's tokens at positions 0 to `lengths_b[b] - 1`, the new one last.
         values_bksh: likewise.
         lengths_b: int32, tokens in each row, at least 1.
 
@@ -222,9 +223,9 @@ def attend_cached(
         [b, 1, n, h] in the dtype of `q_btnh`.
     """
     b, _, n, h = q_btnh.shape
-    k, s = keys_bksh.shape[1:3]
+    k, s = values_bksh.shape[1:3]
     q_bkgh = q_btnh.reshape(b, k, n // k, h) * (h**-0.5)
-    score = jnp.einsum("bkgh,bksh->bkgs", q_bkgh, keys_bksh, preferred_element_type=jnp.float32)
+    score = jnp.einsum("bkgh,bkhs->bkgs", q_bkgh, keys_bkhs, preferred_element_type=jnp.float32)
     mask_bs = jnp.arange(s)[None, :] < lengths_b[:, None]
     score = jnp.where(mask_bs[:, None, None], score, MASKED)
     weight = jax.nn.softmax(score, axis=-1).astype(values_bksh.dtype)

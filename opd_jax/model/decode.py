@@ -4,16 +4,29 @@ The layers are unrolled over separate arrays. A scan over stacked weights and a 
 copy each layer's slice of both at every step, which costs more than reading them once. Within a
 layer the new token is written before the cache is read: only in this order can XLA reuse the
 cache's memory.
+
+The cache has rows of several lengths. Rows of one length are a tier, with arrays of its own; the
+products with weights run over all rows at once, attention runs tier by tier. On a mesh the rows
+are [shards, rows of a shard], and every shard has its part of each tier:
+
+    tiers          ((2, 64), (1, 256))    two rows of 64 tokens and one of 256 in every shard
+    row            0  1 | 2 | 3  4 | 5
+    row of tier 0  0  1 |   | 2  3 |
+    row of tier 1       | 0 |      | 1
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opd_jax.core.mesh import RULES, axis_size, platform_of
 from opd_jax.model.attention import attend_cached
 from opd_jax.model.rope import rope_tables
 from opd_jax.model.transformer import (
@@ -26,48 +39,93 @@ from opd_jax.model.transformer import (
     run_layer,
 )
 
+GROUPS = 4  # a product of one row with a weight is cut so on CPUs, which then use all their cores
+Pair = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """How many rows of which length a cache has: static in compiled programs.
+
+    Attributes:
+        rows: of each tier in one shard.
+        lengths: tokens that a row of each tier holds, ascending.
+        shards: ways that the rows are cut over a mesh.
+    """
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    shards: int = 1
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return self.shards * sum(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens for which there is room."""
+        return self.shards * sum(n * s for n, s in zip(self.rows, self.lengths, strict=True))
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The tier of a row, and its place there."""
+        shard, index = divmod(row, sum(self.rows))
+        for tier, count in enumerate(self.rows):
+            if index < count:
+                return tier, shard * count + index
+            index -= count
+        raise AssertionError("divmod keeps the index below the rows of a shard")
+
+    def split(self, x_b: jax.Array) -> tuple[jax.Array, ...]:
+        """An array of all rows as one per tier."""
+        cut = x_b.reshape(self.shards, -1, *x_b.shape[1:])
+        ends = [sum(self.rows[:i]) for i in range(len(self.rows) + 1)]
+        return tuple(
+            cut[:, a:b].reshape(-1, *x_b.shape[1:]) for a, b in zip(ends, ends[1:], strict=False)
+        )
+
+    def join(self, parts: tuple[jax.Array, ...]) -> jax.Array:
+        """The inverse of `split`."""
+        if len(parts) == 1:
+            return parts[0]
+        rest = parts[0].shape[1:]
+        cut = jnp.concatenate([x.reshape(self.shards, -1, *rest) for x in parts], axis=1)
+        return cut.reshape(-1, *rest)
+
 
 class DecodeCache(NamedTuple):
     """Keys and values of the tokens so far; row b holds `lengths_b[b]` of them, from position 0."""
 
-    keys: tuple[jax.Array, ...]  # of each layer: [b, k, s, h]
-    values: tuple[jax.Array, ...]
+    keys: tuple[tuple[jax.Array, ...], ...]  # of each layer and tier: [rows, k, h, length]
+    values: tuple[tuple[jax.Array, ...], ...]  # [rows, k, length, h]
     lengths_b: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def split_layers(model: LanguageModel, params: Params) -> Params:
-    """Parameters as `decode` wants them: in the compute dtype, `layers` a tuple, one per layer.
+def empty_cache(model: LanguageModel, tiers: Tiers) -> DecodeCache:
+    """Room for tokens, none stored yet."""
+    k, h = model.arch.num_kv_heads, model.arch.head_dim
 
-    A layer's MLP or experts lie beside its attention. This is a copy: it costs one more set of
-    weights in memory while a sampler runs.
-    """
-    params = cast(params, model.compute_dtype)
-    layers = tuple(
-        jax.tree.map(lambda x, i=i: x[i], run)
-        for run in layer_runs(model.arch, params)
-        for i in range(len(run["attn_norm"]))
-    )
-    whole = {name: params[name] for name in ("embed", "final_norm", "head") if name in params}
-    return {**whole, "layers": layers}
+    def arrays(*, transposed: bool) -> tuple[tuple[jax.Array, ...], ...]:
+        shapes = [
+            (tiers.shards * n, k, *((h, s) if transposed else (s, h)))
+            for n, s in zip(tiers.rows, tiers.lengths, strict=True)
+        ]
+        zeros = [[jnp.zeros(x, model.compute_dtype) for x in shapes]] * model.arch.num_layers
+        return tuple(tuple(layer) for layer in zeros)
+
+    lengths_b = jnp.zeros((tiers.total,), jnp.int32)
+    return DecodeCache(arrays(transposed=True), arrays(transposed=False), lengths_b)
 
 
-def empty_cache(model: LanguageModel, rows: int, length: int) -> DecodeCache:
-    """Room for `length` tokens in each of `rows` rows, none stored yet."""
+def cache_token_bytes(model: LanguageModel) -> int:
+    """Bytes of one token's keys and values in all layers."""
     arch = model.arch
-    shape = (rows, arch.num_kv_heads, length, arch.head_dim)
-    keys, values = (
-        tuple(jnp.zeros(shape, model.compute_dtype) for _ in range(arch.num_layers))
-        for _ in range(2)
-    )
-    return DecodeCache(keys, values, jnp.zeros((rows,), jnp.int32))
+    width = jnp.dtype(model.compute_dtype).itemsize
+    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * width
 
 
 def insert_rows(
-    cache: DecodeCache,
-    new: tuple[jax.Array, jax.Array],
-    rows_p: jax.Array,
-    lengths_p: jax.Array,
+    tiers: Tiers, cache: DecodeCache, new: Pair, rows_p: jax.Array, lengths_p: jax.Array
 ) -> DecodeCache:
     """Put whole prompts into rows of the cache.
 
@@ -76,28 +134,140 @@ def insert_rows(
         rows_p: int32, where each prompt goes; a row beyond the last drops its prompt.
         lengths_p: int32, tokens of each prompt; what follows them is never read.
     """
+    places = _places(tiers, rows_p)
 
-    def put(old: jax.Array, new_ptkh: jax.Array) -> jax.Array:
-        t = new_ptkh.shape[1]
-        return old.at[rows_p, :, :t].set(jnp.swapaxes(new_ptkh, 1, 2), mode="drop")
+    def put(old: jax.Array, place_p: jax.Array, fresh: jax.Array, time: int) -> jax.Array:
+        t = min(fresh.shape[time], old.shape[time])  # a longer prompt is not put into this tier
+        fresh = jax.lax.slice_in_dim(fresh, 0, t, axis=time)
+        target = old.at[place_p, :, :, :t] if time == 3 else old.at[place_p, :, :t]
+        return target.set(fresh, mode="drop")
 
-    keys, values = (
-        tuple(put(layer, fresh[i]) for i, layer in enumerate(old))
-        for old, fresh in zip((cache.keys, cache.values), new, strict=True)
-    )
+    def layers(
+        olds: tuple[tuple[jax.Array, ...], ...], fresh: jax.Array, time: int
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        return tuple(
+            tuple(put(old, place, fresh[i], time) for old, place in zip(layer, places, strict=True))
+            for i, layer in enumerate(olds)
+        )
+
+    keys = layers(cache.keys, jnp.transpose(new[0], (0, 1, 3, 4, 2)), 3)
+    values = layers(cache.values, jnp.transpose(new[1], (0, 1, 3, 2, 4)), 2)
     lengths_b = cache.lengths_b.at[rows_p].set(lengths_p, mode="drop")
     return DecodeCache(keys, values, lengths_b)
 
 
+def move_rows(tiers: Tiers, cache: DecodeCache, from_m: jax.Array, to_m: jax.Array) -> DecodeCache:
+    """Copy rows into rows of longer tiers; a row beyond the last moves nothing."""
+    sources, targets = _places(tiers, from_m), _places(tiers, to_m)
+
+    def moved(olds: tuple[jax.Array, ...], time: int) -> tuple[jax.Array, ...]:
+        new = list(olds)
+        for i, source in enumerate(olds):
+            rows = source.at[sources[i]].get(mode="clip")
+            at_i = sources[i] < source.shape[0]
+            for j in range(i + 1, len(olds)):
+                place = jnp.where(at_i, targets[j], olds[j].shape[0])
+                length = source.shape[time]
+                target = new[j].at[place]
+                if time == 3:
+                    target = new[j].at[place, :, :, :length]
+                else:
+                    target = new[j].at[place, :, :length]
+                new[j] = target.set(rows, mode="drop")
+        return tuple(new)
+
+    keys = tuple(moved(layer, 3) for layer in cache.keys)
+    values = tuple(moved(layer, 2) for layer in cache.values)
+    length_m = cache.lengths_b.at[from_m].get(mode="clip")
+    return DecodeCache(keys, values, cache.lengths_b.at[to_m].set(length_m, mode="drop"))
+
+
+def _places(tiers: Tiers, rows_p: jax.Array) -> tuple[jax.Array, ...]:
+    """For each tier where these rows lie in it; beyond its last row for those of other tiers."""
+    per_shard = sum(tiers.rows)
+    shard_p, index_p = rows_p // per_shard, rows_p % per_shard
+    places, start = [], 0
+    for count in tiers.rows:
+        own_p = (index_p >= start) & (index_p < start + count) & (rows_p < tiers.total)
+        place_p = shard_p * count + index_p - start
+        places.append(jnp.where(own_p, place_p, tiers.shards * count))
+        start += count
+    return tuple(places)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def split_layers(model: LanguageModel, params: Params) -> Params:
+    """Parameters as `decode` wants them: in the compute dtype, `layers` a tuple, one per layer.
+
+    Weights are [outputs, inputs], as the output head is: products with few rows read them faster so.
+    On a mesh the outputs are spread over `fsdp` too, so that a step reads every weight once and
+    sends activations, not weights. This is a copy: it costs one more set of weights in memory while
+    a sampler runs.
+    """
+    params = cast(params, model.compute_dtype)
+
+    def leaf(name: str, x: jax.Array) -> jax.Array:
+        if name not in _CONTRACTED or (
+            x.ndim == 3 and name.startswith("w_")
+        ):  # experts keep theirs
+            return x
+        ins = _CONTRACTED[name]
+        order = (*range(ins, x.ndim), *range(ins))
+        return _spread(model.mesh, name, jnp.transpose(x, order))
+
+    layers = tuple(
+        {name: leaf(name, x[i]) for name, x in run.items()}
+        for run in layer_runs(model.arch, params)
+        for i in range(len(run["attn_norm"]))
+    )
+    whole = {name: params[name] for name in ("embed", "final_norm", "head") if name in params}
+    return {**whole, "layers": layers}
+
+
+_CONTRACTED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
+"""Leading axes of a layer's weights that are inputs."""
+
+
+def _spread(mesh: Mesh | None, name: str, weight: jax.Array) -> jax.Array:
+    """Heads or hidden units over `tensor` and, where they divide, over `fsdp`."""
+    if mesh is None or mesh.size == 1:
+        return weight
+    axis = weight.ndim - 2 if name == "wo" else 1 if name == "w_down" else 0
+    names = ("tensor", "fsdp") if weight.shape[axis] % _ways(mesh) == 0 else ("tensor",)
+    spec = [None] * axis + [names]
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _ways(mesh: Mesh) -> int:
+    return mesh.shape["tensor"] * mesh.shape["fsdp"]
+
+
+def product(mesh: Mesh | None, x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
+    """The last axes of `x` with the last of `weight`, [outputs, inputs]; sums are float32."""
+    ins = weight.shape[weight.ndim - contracted :]
+    outs = weight.shape[: weight.ndim - contracted]
+    x_bd = x.reshape(-1, math.prod(ins))
+    if len(x_bd) == 1 and outs[0] % GROUPS == 0 and platform_of(mesh) == "cpu":
+        weight_gfd = weight.reshape(GROUPS, -1, math.prod(ins))
+        x_gd = jnp.broadcast_to(x_bd, (GROUPS, x_bd.shape[1]))
+        numbers = (((2,), (1,)), ((0,), (0,)))
+        out = jax.lax.dot_general(weight_gfd, x_gd, numbers, preferred_element_type=jnp.float32)
+    else:
+        last = tuple(range(x.ndim - contracted, x.ndim))
+        numbers = ((last, tuple(range(len(outs), weight.ndim))), ((), ()))
+        out = jax.lax.dot_general(x, weight, numbers, preferred_element_type=jnp.float32)
+    return out.reshape(*x.shape[: x.ndim - contracted], *outs)
+
+
 def decode(
-    model: LanguageModel, params: Params, tokens_b: jax.Array, cache: DecodeCache
+    model: LanguageModel, tiers: Tiers, params: Params, tokens_b: jax.Array, cache: DecodeCache
 ) -> tuple[jax.Array, DecodeCache]:
     """Add one token to each row.
 
     Args:
         params: of `split_layers`.
         tokens_b: int32, the token at position `cache.lengths_b` of each row.
-        cache: with room for it: `lengths_b` below its length.
+        cache: a row that is full keeps what it has, and what is computed for it means nothing.
 
     Returns:
         hidden_bd after the final norm, and the cache that holds the token.
@@ -105,26 +275,54 @@ def decode(
     arch, lengths_b = model.arch, cache.lengths_b
     x_btd = jnp.take(params["embed"], tokens_b[:, None], axis=0)
     rope = rope_tables(lengths_b[:, None], arch)
-    kept: list[tuple[jax.Array, jax.Array]] = []
+
+    def times(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
+        return product(model.mesh, x, weight, contracted).astype(x.dtype)
+
+    kept: list[tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]] = []
     for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
-        mix = functools.partial(_write_and_attend, (keys, values), lengths_b)
-        x_btd, written, _ = run_layer(model, layer, x_btd, rope, mix)
+
+        def mix(
+            q_btnh: jax.Array,
+            k_btkh: jax.Array,
+            v_btkh: jax.Array,
+            old: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]] = (keys, values),
+        ) -> Mixed:
+            return _write_and_attend(tiers, old, lengths_b, (q_btnh, k_btkh, v_btkh))
+
+        x_btd = _everywhere(model.mesh, x_btd)
+        x_btd, written, _ = run_layer(model, layer, x_btd, rope, mix, times=times)
         kept.append(written)
     hidden_btd = rms_norm(x_btd, params["final_norm"], arch.norm_eps)
     all_keys, all_values = zip(*kept, strict=True)
     return hidden_btd[:, 0], DecodeCache(all_keys, all_values, lengths_b + 1)
 
 
+def _everywhere(mesh: Mesh | None, x_btd: jax.Array) -> jax.Array:
+    """Activations whole along the axes that cut the weights."""
+    if mesh is None or mesh.size == 1:
+        return x_btd
+    batch = tuple(axis for axis in RULES["batch"] or () if axis != "fsdp")
+    if x_btd.shape[0] % axis_size(mesh, "batch"):
+        batch = ()
+    return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, PartitionSpec(batch)))
+
+
 def _write_and_attend(
-    old: tuple[jax.Array, jax.Array],
+    tiers: Tiers,
+    old: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
     lengths_b: jax.Array,
-    q_btnh: jax.Array,
-    k_btkh: jax.Array,
-    v_btkh: jax.Array,
-) -> Mixed:
-    rows_b = jnp.arange(lengths_b.shape[0])
-    keys, values = (
-        cache.at[rows_b, :, lengths_b].set(new[:, 0], mode="promise_in_bounds", unique_indices=True)
-        for cache, new in zip(old, (k_btkh, v_btkh), strict=True)
-    )
-    return attend_cached(q_btnh, keys, values, lengths_b + 1), (keys, values)
+    new: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
+    queries, fresh_keys, fresh_values = (tiers.split(x) for x in new)
+    keys, values, mixed = [], [], []
+    parts = zip(*old, tiers.split(lengths_b), queries, fresh_keys, fresh_values, strict=True)
+    for keys_bkhs, values_bksh, length_b, q_btnh, k_btkh, v_btkh in parts:
+        rows_b = jnp.arange(len(length_b))
+        options = {"mode": "drop", "unique_indices": True}
+        keys_bkhs = keys_bkhs.at[rows_b, :, :, length_b].set(k_btkh[:, 0], **options)
+        values_bksh = values_bksh.at[rows_b, :, length_b].set(v_btkh[:, 0], **options)
+        keys.append(keys_bkhs)
+        values.append(values_bksh)
+        mixed.append(attend_cached(q_btnh, keys_bkhs, values_bksh, length_b + 1))
+    return tiers.join(tuple(mixed)), (tuple(keys), tuple(values))

@@ -31,7 +31,8 @@ from opd_jax.model.moe import RouterSums, moe_mlp
 from opd_jax.model.rope import RopeTables, rope_tables, rotate
 
 Params = dict[str, Any]
-Mixed = tuple[jax.Array, tuple[jax.Array, jax.Array]]
+Mixed = tuple[jax.Array, Any]
+"""The attention output, and what to keep of keys and values."""
 SAVED_NAMES = (SAVED, "attended", "gate", "up")
 LAYER_INPUT = "layer_input"
 HIDDEN_AXES = ("batch", "time", "replicated")
@@ -296,7 +297,8 @@ def run_layer(
     rope: RopeTables,
     mix: Callable[[jax.Array, jax.Array, jax.Array], Mixed],
     counted_bt: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], RouterSums | None]:
+    times: Callable[..., jax.Array] = linear,
+) -> tuple[jax.Array, Any, RouterSums | None]:
     """One decoder layer.
 
     Args:
@@ -305,6 +307,7 @@ def run_layer(
         mix: from queries, keys and values of these tokens to the attention output, and to the keys
             and values to keep.
         counted_bt: bool, tokens that the router's sums count. `None`: all.
+        times: the product with dense weights, called as `linear` is.
 
     Returns:
         the new hidden states, what `mix` kept, and a sparse layer's router sums.
@@ -312,27 +315,27 @@ def run_layer(
     arch = model.arch
     with jax.named_scope("attention"):
         y = rms_norm(x_btd, layer["attn_norm"], arch.norm_eps)
-        q, k, v = _project(arch, layer, y)
+        q, k, v = _project(arch, layer, y, times)
         mixed, kept = mix(rotate(q, rope), rotate(k, rope), v)
         # Not einsum: it contracts in alphabetical order (h, n), which copies the weight transposed.
-        x_btd = checkpoint_name(x_btd + linear(mixed, layer["wo"], 2), "attended")
+        x_btd = checkpoint_name(x_btd + times(mixed, layer["wo"], 2), "attended")
     with jax.named_scope("mlp"):
         y = rms_norm(x_btd, layer["mlp_norm"], arch.norm_eps)
         if "router" in layer:
             out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt)
             return x_btd + out, kept, router
-        gate = checkpoint_name(linear(y, layer["w_gate"]), "gate")
-        up = checkpoint_name(linear(y, layer["w_up"]), "up")
-        x_btd = x_btd + linear(jax.nn.silu(gate) * up, layer["w_down"])
+        gate = checkpoint_name(times(y, layer["w_gate"]), "gate")
+        up = checkpoint_name(times(y, layer["w_up"]), "up")
+        x_btd = x_btd + times(jax.nn.silu(gate) * up, layer["w_down"])
     return x_btd, kept, None
 
 
 def _project(
-    arch: Architecture, layer: Params, y_btd: jax.Array
+    arch: Architecture, layer: Params, y_btd: jax.Array, times: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q = linear(y_btd, layer["wq"])
-    k = linear(y_btd, layer["wk"])
-    v = linear(y_btd, layer["wv"])
+    q = times(y_btd, layer["wq"])
+    k = times(y_btd, layer["wk"])
+    v = times(y_btd, layer["wv"])
     if arch.qkv_bias:
         q, k, v = (x + layer[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if arch.qk_norm:

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from opd_jax.config import SamplingConfig
 from opd_jax.core.distributed import barrier
 from opd_jax.data.records import Record
 from opd_jax.data.store import Store
-from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.sampling.sampler import Request, Sample, generate
-
-
-@dataclass(frozen=True)
-class SamplingJob:
-    """A model, how to sample from it, and how often to commit."""
-
-    model: LanguageModel
-    params: Params
-    sampling: SamplingConfig
-    end_ids: tuple[int, ...]
-    seed: int
-    flush_seconds: float
+from opd_jax.sampling.queue import Request
+from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
+from opd_jax.sampling.slots import Sample
 
 
 def requests_for(prompts: Sequence[tuple[str, Sequence[int]]], samples: int) -> list[Request]:
@@ -42,28 +29,32 @@ def collect(
     job: SamplingJob,
     store: Store,
     requests: Sequence[Request],
-    on_record: Callable[[int], None],
+    on_sample: Callable[[Sample], None],
+    flush_seconds: float,
 ) -> None:
     """Sample what the store does not hold yet. Each process writes its own share of the records.
 
+    What is sampled after an interruption is what would have been sampled without it, to the bit:
+    slots and shapes follow from all requests, not from those that are left.
+
     Args:
-        on_record: called with each new record's number of tokens.
+        on_sample: called with each new sample, whichever process writes it.
+        flush_seconds: finished records are committed this often.
     """
     barrier("collect")  # every process sees the same commits, so that all sample the same rest
     done = store.committed_keys()
     pending = [r for r in requests if (r.prompt_id, r.sample_index) not in done]
     rank, count = jax.process_index(), jax.process_count()
     owner = {(r.prompt_id, r.sample_index): i % count for i, r in enumerate(requests)}
+    plan = plan_for(job, requests) if requests else None
     flushed = time.monotonic()
     with store.writer(process_index=rank) as writer:
-        for sample in generate(
-            job.model, job.params, pending, job.sampling, job.end_ids, job.seed, job.model.mesh
-        ):
+        for sample in generate(job, pending, plan):
             key = (sample.request.prompt_id, sample.request.sample_index)
             if owner[key] == rank:
                 writer.append(to_record(sample))
-            on_record(len(sample.token_ids))
-            if time.monotonic() - flushed > job.flush_seconds:
+            on_sample(sample)
+            if time.monotonic() - flushed > flush_seconds:
                 writer.flush()
                 flushed = time.monotonic()
     barrier("collected")

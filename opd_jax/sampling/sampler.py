@@ -1,16 +1,19 @@
 """Sample responses with continuous batching: finished slots are refilled while others go on.
 
-    prefill   [p1 p2]            into free slots, one program per bucket of prompt lengths
+    prefill   [p1 p2]            prompts, one program per bucket of prompt lengths
+    start     s1 s2 s3           their samples, into free slots
     decode    s1 s2 s3 s4 ...    a loop on the device until enough slots are done to refill them
     harvest   s2 s4              finished samples leave, their slots are free
+    move      s1 -> s7           a sample that outgrew its slot goes on in a longer one
 
-A sample depends on the parameters, its prompt, the seed, the prompt's id, the sample index and the
-sampling transform, and (but for ties within rounding) on nothing else.
+A sample depends on the parameters, its prompt, the seed, the prompt's id, the sample index and its
+sampling settings, and (but for ties within rounding) on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,120 +22,227 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax.config import SamplingConfig
-from opd_jax.core.mesh import axis_size, put_batch
+from opd_jax.core.mesh import put_batch
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.decode import split_layers
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling import engine
 from opd_jax.sampling.keys import root_key
-from opd_jax.sampling.queue import Request, RequestQueue, bucket_of
+from opd_jax.sampling.plan import CachePlan, check_memory, plan_cache
+from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue
 from opd_jax.sampling.slots import Sample, SlotTable
-from opd_jax.sampling.transforms import transform_of
-
-__all__ = ["Request", "Sample", "generate"]
+from opd_jax.sampling.stops import Text
+from opd_jax.sampling.transforms import uses_of
 
 ROUND_STEPS = 64  # a finished sample waits at most this many steps before the host sees it
+OnTokens = Callable[[Request, np.ndarray], None]
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """A model and how to sample from it.
+
+    Attributes:
+        sampling: of the requests that bring no settings of their own; `slots` is taken from here.
+        end_ids: a response ends with the first of these tokens.
+        seed: equal (seed, prompt id, sample index) give equal samples.
+        text: of token ids; needed for stop strings, and gives samples their text.
+        round_steps: decode steps between two looks of the host.
+    """
+
+    model: LanguageModel
+    params: Params
+    sampling: SamplingConfig
+    end_ids: tuple[int, ...]
+    seed: int
+    text: Text | None = None
+    round_steps: int = ROUND_STEPS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static shapes of a run. Two runs with one plan give a request the same bits."""
+
+    program: engine.Program
+    cache: CachePlan
+    rows: int  # prompts of a prefill, samples of a start, moves of a move
+    longest: int  # limit of a response
+    buckets: int  # padded prompt lengths
+
+    @property
+    def programs(self) -> int:
+        """The most programs that are compiled: two for each bucket, and those of the slots."""
+        return 2 * self.buckets + 4
+
+    def __str__(self) -> str:
+        return f"{self.cache}; at most {self.programs} programs"
+
+
+def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
+    """The plan for some requests.
+
+    Raises:
+        DataError: an empty prompt, one too long for the model, a token outside the vocabulary.
+        ConfigError: an end token outside the vocabulary, stop strings without a tokenizer, or too
+            little memory.
+    """
+    arch, mesh = job.model.arch, job.model.mesh
+    settings = [job.sampling if r.sampling is None else r.sampling for r in requests]
+    _check(arch, job, requests, settings)
+    limits = [s.max_new_tokens for s in settings]
+    prompts = [len(request.prompt_ids) for request in requests]
+    cache = plan_cache(job.model, job.sampling.slots, prompts, limits)
+    check_memory(cache, job.model)
+    tiers = cache.tiers
+    rows = max(tiers.total // 8 // tiers.shards, 1) * tiers.shards  # few slots wait for a refill
+    ends = tuple(sorted(job.end_ids))
+    program = engine.Program(job.model, tiers, uses_of(settings), ends, mesh, job.round_steps)
+    buckets = len(RequestQueue(requests, rows, tiers.shards).buckets)
+    return Plan(program, cache, rows, max(limits), buckets)
 
 
 def generate(
-    model: LanguageModel,
-    params: Params,
+    job: SamplingJob,
     requests: Sequence[Request],
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
-    seed: int,
-    mesh: Mesh | None,
+    plan: Plan | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Iterator[Sample]:
     """Sample one response per request; they come as they finish, in no particular order.
 
     Every process of a job calls this with the same arguments and sees every sample. Programs are
-    compiled once per model, sampling config, slots and bucket, whatever the parameters.
+    compiled once per model, kinds of transforms, slots and bucket, whatever the parameters.
 
     Args:
-        requests: equal (prompt id, sample index) give equal samples.
-        end_ids: a response ends with the first of these tokens.
-        mesh: where `params` live; `None`: one device.
+        plan: of more requests than these, of which the others were sampled earlier.
+        on_tokens: called with all tokens that an unfinished request has, after every round.
 
     Raises:
-        DataError: an empty prompt, one too long for the model, a token outside the vocabulary.
-        ConfigError: an end token outside the vocabulary.
+        DataError, ConfigError: as `plan_for` does, before anything runs.
         ModelError: non-finite logits; samples that were finished by then have been yielded.
     """
-    _check(model.arch, requests, sampling.max_new_tokens, end_ids)
     if not requests:
         return iter(())
-    program = _program(model, requests, sampling, end_ids, mesh)
-    return _run(program, params, requests, seed)
+    return _run(job, plan or plan_for(job, requests), requests, on_tokens)
 
 
 def _run(
-    program: engine.Program, params: Params, requests: Sequence[Request], seed: int
+    job: SamplingJob, plan: Plan, requests: Sequence[Request], on_tokens: OnTokens | None
 ) -> Iterator[Sample]:
-    queue = RequestQueue(requests, program.slots, _shards(program.mesh))
-    table = SlotTable(program)
-    root = _put(program.mesh, root_key(seed))
-    decode_params = split_layers(program.model, params)
+    program, mesh = plan.program, plan.program.mesh
+    table = SlotTable(program, job.sampling, plan.longest, job.text)
+    params = split_layers(program.model, job.params)
     state = engine.empty_state(program)
-    while queue or table.busy:
-        firsts = []
-        while queue and len(table.free) >= min(queue.rows(), len(queue)):
-            slots, packed = table.admit(*queue.take())
-            state, first = engine.prefill(program, params, state, _put(program.mesh, packed), root)
-            firsts.append((slots, first))
-        wake = min(queue.rows(), len(queue)) if queue else program.slots
-        state, seen = engine.decode_round(
-            program, decode_params, state, _put(program.mesh, np.int32(wake))
-        )
+    feeder = _Feeder(job, plan, requests, params)
+    while feeder.left or table.busy:
+        moves = table.moves(plan.rows)
+        if moves is not None:
+            state = engine.move(program, state, *(_put(mesh, x) for x in moves))
+        state, firsts = feeder.fill(table, state)
+        wake, halt = _put(mesh, feeder.wake(table)), _put(mesh, table.halted())
+        state, seen = engine.decode_round(program, params, state, wake, halt)
         firsts, seen = jax.device_get((firsts, seen))
         for slots, first in firsts:
             table.record_first(slots, first)
         table.record_round(seen)
+        if on_tokens is not None:
+            _tell(table, program.slots, on_tokens)
         yield from table.harvest(seen)
         table.refuse_broken(seen)
 
 
-def _put(mesh: Mesh | None, host: np.ndarray | np.int32) -> Any:
+def _tell(table: SlotTable, slots: int, on_tokens: OnTokens) -> None:
+    for slot in range(slots):
+        request, tokens = table.said(slot)
+        if request is not None:
+            on_tokens(request, tokens)
+
+
+class _Feeder:
+    """Prefills prompts and starts their samples in free slots."""
+
+    def __init__(
+        self, job: SamplingJob, plan: Plan, requests: Sequence[Request], split: Params
+    ) -> None:
+        self._job, self._plan, self._split = job, plan, split
+        self._queue = RequestQueue(requests, plan.rows, plan.program.tiers.shards)
+        self._prompts: engine.Prefilled | None = None
+        self._waiting: list[tuple[int, Request]] = []  # (row of the prefilled prompts, request)
+        self._root = _put(plan.program.mesh, root_key(job.seed))
+
+    @property
+    def left(self) -> int:
+        """Requests without a slot."""
+        return self._queue.left + len(self._waiting)
+
+    def wake(self, table: SlotTable) -> np.int32:
+        """How many slots may stand idle before a decode round ends."""
+        idle = len(table.free) + table.stuck
+        if self.left:
+            needed = min(self._plan.rows, self.left) - len(table.free)
+            return np.int32(idle + max(needed, 1))
+        return np.int32(idle + 1 if table.stuck else self._plan.program.slots)
+
+    def fill(
+        self, table: SlotTable, state: engine.State
+    ) -> tuple[engine.State, list[tuple[list[int], engine.First]]]:
+        """Start samples until too few slots are free; returns their slots and first tokens."""
+        firsts = []
+        while self.left and len(table.free) >= min(self._plan.rows, self.left):
+            if not self._waiting:
+                self._prefill(self._queue.take())
+            chosen = self._choose(table)
+            if not chosen or self._prompts is None:
+                break
+            program, mesh = self._plan.program, self._plan.program.mesh
+            new = jax.tree.map(lambda x: _put(mesh, x), table.start(chosen, self._plan.rows))
+            state, first = engine.start(program, self._split, state, self._prompts, new, self._root)
+            firsts.append(([slot for _, slot, _ in chosen], first))
+        return state, firsts
+
+    def _prefill(self, batch: PromptBatch) -> None:
+        mesh = self._plan.program.mesh
+        tokens, lengths = _put(mesh, batch.tokens), _put(mesh, batch.lengths)
+        self._prompts = engine.prefill(self._plan.program, self._job.params, tokens, lengths)
+        self._waiting = list(batch.samples)
+
+    def _choose(self, table: SlotTable) -> list[tuple[int, int, Request]]:
+        """(row of its prompt, slot, request) of the next samples of the prefilled prompts."""
+        chosen: list[tuple[int, int, Request]] = []
+        while self._waiting and len(chosen) < self._plan.rows:
+            row, request = self._waiting[0]
+            slot = table.place(request)
+            if slot is None:
+                break
+            table.seat(slot, request)
+            chosen.append((row, slot, request))
+            self._waiting.pop(0)
+        return chosen
+
+
+def _put(mesh: Mesh | None, host: Any) -> Any:
     return jnp.asarray(host) if mesh is None else put_batch(mesh, host, sharded=False)
 
 
-def _shards(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else axis_size(mesh, "batch")
-
-
-def _program(
-    model: LanguageModel,
-    requests: Sequence[Request],
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
-    mesh: Mesh | None,
-) -> engine.Program:
-    shards = _shards(mesh)
-    slots = min(sampling.slots, 1 << (len(requests) - 1).bit_length())
-    longest = max(len(request.prompt_ids) for request in requests)
-    return engine.Program(
-        model=model,
-        transform=transform_of(sampling),
-        end_ids=tuple(sorted(end_ids)),
-        mesh=mesh,
-        slots=-(-slots // shards) * shards,
-        cache_length=bucket_of(longest) + sampling.max_new_tokens,
-        max_new_tokens=sampling.max_new_tokens,
-        round_steps=ROUND_STEPS,
-    )
-
-
 def _check(
-    arch: Architecture, requests: Sequence[Request], new: int, end_ids: Sequence[int]
+    arch: Architecture,
+    job: SamplingJob,
+    requests: Sequence[Request],
+    settings: Sequence[SamplingConfig],
 ) -> None:
-    for end_id in end_ids:
+    for end_id in job.end_ids:
         if not 0 <= end_id < arch.vocab_size:
             raise ConfigError(
                 f"sampling: end token {end_id} is outside the vocabulary of {arch.vocab_size}; "
                 "use the tokenizer that belongs to the model"
             )
-    for request in requests:
-        _check_prompt(arch, request, new)
+    if job.text is None and (stops := next((s.stop for s in settings if s.stop), None)):
+        raise ConfigError(
+            f"sampling: stop={list(stops)} needs a tokenizer, and none is given; give one, or use "
+            "end tokens"
+        )
+    for request, sampling in zip(requests, settings, strict=True):
+        _check_prompt(arch, request, sampling.max_new_tokens)
 
 
 def _check_prompt(arch: Architecture, request: Request, new: int) -> None:

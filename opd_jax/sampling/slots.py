@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opd_jax.config import SamplingConfig
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.records import FinishReason
 from opd_jax.errors import ModelError
-from opd_jax.sampling.engine import HEADER, First, Program, Round
+from opd_jax.sampling.engine import First, Program, Round, Start
 from opd_jax.sampling.queue import Request
+from opd_jax.sampling.stops import Text, stop_length
+from opd_jax.sampling.transforms import transform_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,25 +24,46 @@ class Sample:
     Attributes:
         token_ids: int32 [n], as drawn, the end token included.
         logprobs: float32 [n], of each token under the untransformed distribution, temperature 1.
-        finish_reason: `stop` when an end token was drawn, `length` when the limit cut it.
+        drawn_logprobs: float32 [n], of each token under the distribution that it was drawn from.
+        finish_reason: `stop` when an end token or a stop string ended it, `length` when the limit
+            cut it.
+        text: what the tokens say, special tokens left out; `None` without a tokenizer.
     """
 
     request: Request
     token_ids: np.ndarray
     logprobs: np.ndarray
+    drawn_logprobs: np.ndarray
     finish_reason: FinishReason
+    text: str | None
 
 
 class SlotTable:
-    """Requests in slots, and their tokens until they finish."""
+    """Requests in slots, and their tokens until they finish.
 
-    def __init__(self, program: Program) -> None:
-        shape = (program.slots, program.max_new_tokens)
-        self._end_ids = program.end_ids
+    Args:
+        sampling: of the requests that bring none of their own.
+        longest: the largest limit of a response among the requests.
+        text: needed for stop strings, and for the text of samples.
+    """
+
+    def __init__(
+        self, program: Program, sampling: SamplingConfig, longest: int, text: Text | None
+    ) -> None:
+        self._program, self._sampling, self._text = program, sampling, text
+        shape = (program.slots, longest)
         self._requests: list[Request | None] = [None] * program.slots
         self._tokens = np.zeros(shape, np.int32)
-        self._logprobs = np.zeros(shape, np.float32)
+        self._logprobs = np.zeros((2, *shape), np.float32)
         self._count_b = np.zeros(program.slots, np.int32)
+        self._stopped_b = np.zeros(program.slots, bool)
+        self._stuck: list[int] = []
+        tiers = program.tiers
+        self._tier_b = [tiers.place(slot)[0] for slot in range(program.slots)]
+
+    def settings(self, request: Request) -> SamplingConfig:
+        """The request's own sampling settings, or those of all."""
+        return self._sampling if request.sampling is None else request.sampling
 
     @property
     def free(self) -> list[int]:
@@ -47,61 +71,150 @@ class SlotTable:
         return [slot for slot, request in enumerate(self._requests) if request is None]
 
     @property
+    def stuck(self) -> int:
+        """Slots whose sample has outgrown them."""
+        return len(self._stuck)
+
+    @property
     def busy(self) -> bool:
         """Whether any slot holds a request."""
         return any(request is not None for request in self._requests)
 
-    def admit(
-        self, requests: Sequence[Request], tokens: np.ndarray
-    ) -> tuple[list[int], np.ndarray]:
-        """Give each request a free slot.
+    def halted(self) -> np.ndarray:
+        """bool [b]: slots without a request, whatever the device thinks."""
+        return np.array([request is None for request in self._requests])
 
-        Returns:
-            the slots, and the prompts as `engine.prefill` wants them packed.
+    def place(self, request: Request) -> int | None:
+        """A free slot for a request: the shortest that holds the prompt and half of its limit.
+
+        Where none is free, a longer one, unless a sample waits for that, or else a shorter one that
+        holds the prompt.
         """
-        slots = self.free[: len(requests)]
-        header = np.zeros((len(tokens), HEADER), np.int32)
-        header[:, 0], header[:, 1] = 1, len(self._requests)
-        for row, (slot, request) in enumerate(zip(slots, requests, strict=True)):
-            self._requests[slot], self._count_b[slot] = request, 0
-            prompt = stable_hash(request.prompt_id)
-            header[row] = len(request.prompt_ids), slot, prompt, request.sample_index
-        return slots, np.concatenate([header, tokens], axis=1)
+        lengths, prompt = self._program.tiers.lengths, len(request.prompt_ids)
+        likely = prompt + self.settings(request).max_new_tokens // 2
+        fitting = [tier for tier, length in enumerate(lengths) if length > prompt]
+        if not fitting:
+            fitting = [len(lengths) - 1]  # a limit of one token needs no room beyond the prompt
+        best = next((tier for tier in fitting if lengths[tier] >= likely), fitting[-1])
+        longer = [] if self._stuck else [tier for tier in fitting if tier > best]
+        shorter = [tier for tier in reversed(fitting) if tier < best]
+        free = self.free
+        for tier in (best, *longer, *shorter):
+            slot = next((slot for slot in free if self._tier_b[slot] == tier), None)
+            if slot is not None:
+                return slot
+        return None
+
+    def seat(self, slot: int, request: Request) -> None:
+        """Give a request a free slot."""
+        self._requests[slot], self._count_b[slot] = request, 0
+        self._stopped_b[slot] = False
+
+    def start(self, chosen: Sequence[tuple[int, int, Request]], rows: int) -> Start:
+        """What `engine.start` wants to know of (row of the prompt, slot, request)."""
+        padding = rows - len(chosen)
+        requests = [request for _, _, request in chosen]
+        settings = [self.settings(r) for r in requests] + [SamplingConfig()] * padding
+
+        def column(values: Sequence[int], fill: int) -> np.ndarray:
+            return np.array([*values, *[fill] * padding], np.int32)
+
+        return Start(
+            source_p=column([row for row, _, _ in chosen], 0),
+            slot_p=column([slot for _, slot, _ in chosen], self._program.slots),
+            prompt_p=column([stable_hash(r.prompt_id) for r in requests], 0),
+            index_p=column([r.sample_index for r in requests], 0),
+            limit_p=np.array([s.max_new_tokens for s in settings], np.int32),
+            least_p=np.array([s.min_new_tokens for s in settings], np.int32),
+            transform=transform_of(settings),
+        )
 
     def record_first(self, slots: Sequence[int], first: First) -> None:
-        """Note the tokens that a prefill drew; of a broken row, nothing will be read."""
-        self._tokens[slots, 0] = first.token_p[: len(slots)]
-        self._logprobs[slots, 0] = first.logprob_p[: len(slots)]
+        """Note the tokens that a start drew; of a broken row, nothing will be read."""
+        n = len(slots)
+        self._tokens[slots, 0] = first.token_p[:n]
+        self._logprobs[:, slots, 0] = first.logprob_p[:n], first.drawn_logprob_p[:n]
         self._count_b[slots] = 1
+        self._find_stops(slots, np.zeros(n, np.int32))
 
     def record_round(self, seen: Round) -> None:
-        """Note the tokens that a decode round drew."""
-        count_b = np.asarray(seen.count_b)
-        new_b = count_b - self._count_b
+        """Note the tokens that a decode round drew, and who is stuck."""
+        before_b, count_b = self._count_b, np.asarray(seen.count_b)
+        new_b = count_b - before_b
         steps = max(int(new_b.max()), 0)
         row, slot = np.nonzero(np.arange(steps)[:, None] < new_b[None, :])
-        column = self._count_b[slot] + row
+        column = before_b[slot] + row
         self._tokens[slot, column] = np.asarray(seen.token_rb)[row, slot]
-        self._logprobs[slot, column] = np.asarray(seen.logprob_rb)[row, slot]
+        drawn = np.stack([np.asarray(seen.logprob_rb), np.asarray(seen.drawn_logprob_rb)])
+        self._logprobs[:, slot, column] = drawn[:, row, slot]
         self._count_b = count_b.copy()
+        live = [slot for slot in np.flatnonzero(new_b > 0) if self._requests[slot] is not None]
+        self._find_stops(live, before_b[live])
+        self._stuck = [
+            int(slot) for slot in np.flatnonzero(seen.stuck_b) if not self._stopped_b[slot]
+        ]
+
+    def _find_stops(self, slots: Sequence[int], seen: np.ndarray) -> None:
+        """Cut responses whose text contains a stop string."""
+        for slot, before in zip(slots, seen, strict=True):
+            request = self._requests[slot]
+            if request is None or self._stopped_b[slot] or self._text is None:
+                continue
+            sampling, said = self.settings(request), self._tokens[slot, : self._count_b[slot]]
+            n = stop_length(
+                said.tolist(), int(before), sampling.stop, sampling.min_new_tokens, self._text
+            )
+            if n is not None:
+                self._count_b[slot], self._stopped_b[slot] = n, True
+
+    def moves(self, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Stuck samples that find a free longer slot, at most `rows`: from where to where."""
+        pairs: list[tuple[int, int]] = []
+        for slot in list(self._stuck):
+            free = [to for to in self.free if self._tier_b[to] > self._tier_b[slot]]
+            if not free or len(pairs) == rows:
+                continue
+            to = min(free, key=lambda other: (self._tier_b[other], other))
+            pairs.append((slot, to))
+            self._stuck.remove(slot)
+            for column in (self._tokens, self._logprobs[0], self._logprobs[1], self._count_b):
+                column[to] = column[slot]
+            self._requests[to], self._requests[slot] = self._requests[slot], None
+            self._stopped_b[to] = False
+        if not pairs:
+            return None
+        pairs += [(self._program.slots, self._program.slots)] * (rows - len(pairs))
+        source, target = np.array(pairs, np.int32).T
+        return source, target
 
     def harvest(self, seen: Round) -> list[Sample]:
         """Empty the slots that finished."""
-        finished = np.asarray(seen.done_b) & ~np.asarray(seen.broken_b)
+        finished = np.asarray(seen.done_b) & ~np.asarray(seen.broken_b) | self._stopped_b
         samples = []
         for slot in np.flatnonzero(finished):
             request = self._requests[slot]
             if request is not None:
                 samples.append(self._sample(int(slot), request))
                 self._requests[slot] = None
+                self._stopped_b[slot] = False
         return samples
 
     def _sample(self, slot: int, request: Request) -> Sample:
         n = self._count_b[slot]
-        tokens, logprobs = self._tokens[slot, :n].copy(), self._logprobs[slot, :n].copy()
+        tokens = self._tokens[slot, :n].copy()
+        ended = self._stopped_b[slot] or tokens[-1] in self._program.end_ids
         return Sample(
-            request, tokens, logprobs, "stop" if tokens[-1] in self._end_ids else "length"
+            request,
+            tokens,
+            self._logprobs[0, slot, :n].copy(),
+            self._logprobs[1, slot, :n].copy(),
+            "stop" if ended else "length",
+            None if self._text is None else self._text(tokens.tolist()),
         )
+
+    def said(self, slot: int) -> tuple[Request | None, np.ndarray]:
+        """Who sits in a slot, and the tokens so far."""
+        return self._requests[slot], self._tokens[slot, : self._count_b[slot]]
 
     def refuse_broken(self, seen: Round) -> None:
         """Stop when a slot's logits were not finite.

@@ -1,48 +1,85 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, greedy.
+"""From logits to a token: temperature, top-k, top-p, min-p, greedy, each with its own value per row.
 
-Every cut-off is a threshold on the scaled logits, so they combine by the largest threshold, and a
-transform that is switched off leaves nothing in the program (no sort over the vocabulary).
+Every cut-off is a threshold on the scaled logits, so they combine by the largest threshold. The
+thresholds of top-k and top-p are found by bisection, 32 passes over the vocabulary instead of a
+sort. A transform that no request asks for leaves nothing in the program.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax.config import SamplingConfig
 
 
-@dataclass(frozen=True)
-class Transform:
-    """How the model's distribution is bent before a token is drawn; static in compiled programs.
+class Transform(NamedTuple):
+    """How each row's distribution is bent before a token is drawn.
 
     `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0` are off.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature_b: jax.Array | np.ndarray
+    top_k_b: jax.Array | np.ndarray
+    top_p_b: jax.Array | np.ndarray
+    min_p_b: jax.Array | np.ndarray
 
 
-def transform_of(sampling: SamplingConfig) -> Transform:
-    """The part of a sampling config that shapes the distribution."""
-    return Transform(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+class Uses(NamedTuple):
+    """Which transforms occur among some requests; static in compiled programs."""
+
+    noise: bool = True  # some request is not greedy
+    temperature: bool = False  # some temperature is not 1
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    floor: bool = False  # some request has a least number of tokens
+
+    @property
+    def bends(self) -> bool:
+        """Whether any row is drawn from another distribution than the model's own."""
+        return self.temperature or self.top_k or self.top_p or self.min_p or self.floor
 
 
-def draw(keys_b: jax.Array, logits_bv: jax.Array, transform: Transform) -> jax.Array:
-    """One token per row, int32: the largest of logits plus Gumbel noise, in float32.
+def uses_of(samplings: Iterable[SamplingConfig]) -> Uses:
+    """What a program has to be able to do for these requests."""
+    kinds = list(samplings)
+    return Uses(
+        noise=any(s.temperature > 0 for s in kinds),
+        temperature=any(s.temperature != 1 for s in kinds),
+        top_k=any(s.top_k > 0 for s in kinds),
+        top_p=any(s.top_p < 1 for s in kinds),
+        min_p=any(s.min_p > 0 for s in kinds),
+        floor=any(s.min_new_tokens > 0 for s in kinds),
+    )
+
+
+def transform_of(samplings: Iterable[SamplingConfig]) -> Transform:
+    """The rows' settings, as host arrays."""
+    rows = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in samplings]
+    columns = zip(*rows, strict=True)
+    kinds = (np.float32, np.int32, np.float32, np.float32)
+    return Transform(*(np.array(x, kind) for x, kind in zip(columns, kinds, strict=True)))
+
+
+def draw(keys_b: jax.Array, bent_bv: jax.Array, greedy_b: jax.Array, uses: Uses) -> jax.Array:
+    """One token per row, int32: the largest of bent logits plus Gumbel noise, in float32.
 
     Args:
         keys_b: one typed key per row; a row's token depends on its own key and logits alone.
+        bent_bv: of `bend`.
+        greedy_b: rows without noise.
     """
-    if transform.temperature == 0:
-        return _argmax(logits_bv)
-    bent_bv = bend(logits_bv, transform)
-    shape = logits_bv.shape[1:]
+    if not uses.noise:
+        return _argmax(bent_bv)
+    shape = bent_bv.shape[1:]
     noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32))(keys_b)
+    if uses.temperature:
+        noise_bv = jnp.where(greedy_b[:, None], 0.0, noise_bv)
     # The barrier keeps XLA from computing the noise again in each reduction that reads the sum.
     return _argmax(jax.lax.optimization_barrier(bent_bv + noise_bv))
 
@@ -58,36 +95,93 @@ def _argmax(x_bv: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(x_bv == top_b1, index_bv, last), axis=-1)
 
 
-def bend(logits_bv: jax.Array, transform: Transform) -> jax.Array:
+def bend(logits_bv: jax.Array, transform: Transform, uses: Uses) -> jax.Array:
     """Unnormalised log-probs of the distribution that tokens are drawn from; -inf where cut off.
 
-    Top-p acts on what top-k left, renormalised. Tokens that tie at a threshold all stay.
+    Top-p acts on what top-k left, renormalised; min-p on the whole. Tokens that tie at a threshold
+    all stay. Of a greedy row only the maxima stay.
     """
-    scaled_bv = scale(logits_bv, transform.temperature)
-    thresholds = []
-    candidates = scaled_bv
-    if 0 < transform.top_k < logits_bv.shape[-1]:
-        candidates = jax.lax.top_k(scaled_bv, transform.top_k)[0]
-        thresholds.append(candidates[:, -1:])
-    if transform.top_p < 1:
-        thresholds.append(top_p_threshold(candidates, transform.top_p))
-    if transform.min_p > 0:
-        thresholds.append(jnp.max(scaled_bv, axis=-1, keepdims=True) + jnp.log(transform.min_p))
-    for threshold_b1 in thresholds:
-        scaled_bv = jnp.where(scaled_bv >= threshold_b1, scaled_bv, -jnp.inf)
+    scaled_bv, top_b1 = logits_bv, jnp.max(logits_bv, axis=-1, keepdims=True)
+    if uses.temperature:
+        scaled_bv, top_b1 = scale(logits_bv, transform.temperature_b[:, None])
+    floor_b1 = jnp.full_like(top_b1, -jnp.inf)
+    if uses.top_k:
+        floor_b1 = _top_k_threshold(scaled_bv, transform.top_k_b[:, None])
+    if uses.top_p:
+        floor_b1 = _top_p_threshold(scaled_bv, top_b1, floor_b1, transform.top_p_b[:, None])
+    if uses.min_p:
+        floor_b1 = jnp.maximum(floor_b1, top_b1 + jnp.log(transform.min_p_b[:, None]))
+    if uses.top_k or uses.top_p or uses.min_p:
+        scaled_bv = jnp.where(scaled_bv >= floor_b1, scaled_bv, -jnp.inf)
     return scaled_bv
 
 
-def scale(logits_bv: jax.Array, temperature: float) -> jax.Array:
-    """Logits over temperature; shifted first, so that a small temperature cannot overflow."""
-    if temperature == 1:
-        return logits_bv
-    return (logits_bv - jnp.max(logits_bv, axis=-1, keepdims=True)) / temperature
+def scale(logits_bv: jax.Array, temperature_b1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits over temperature, and their maximum.
+
+    They are shifted first, so that a small temperature cannot overflow; rows at temperature 1 stay
+    as they are.
+    """
+    top_b1 = jnp.max(logits_bv, axis=-1, keepdims=True)
+    shifted_bv = logits_bv - top_b1
+    cold = jnp.where(shifted_bv < 0, -jnp.inf, 0.0)
+    divisor_b1 = jnp.where(temperature_b1 > 0, temperature_b1, 1.0)
+    scaled_bv = jnp.where(temperature_b1 > 0, shifted_bv / divisor_b1, cold)
+    plain_b1 = temperature_b1 == 1
+    return jnp.where(plain_b1, logits_bv, scaled_bv), jnp.where(plain_b1, top_b1, 0.0)
 
 
-def top_p_threshold(logits_bs: jax.Array, top_p: float) -> jax.Array:
-    """[b, 1]: the least logit of the smallest set of likeliest tokens that holds mass `top_p`."""
-    sorted_bs = -jnp.sort(-logits_bs, axis=-1)
-    prob_bs = jax.nn.softmax(sorted_bs, axis=-1)
-    before_bs = jnp.cumsum(prob_bs, axis=-1) - prob_bs
-    return jnp.min(jnp.where(before_bs < top_p, sorted_bs, jnp.inf), axis=-1, keepdims=True)
+def _top_k_threshold(scaled_bv: jax.Array, k_b1: jax.Array) -> jax.Array:
+    """[b, 1]: the k-th largest entry of each row; -inf where k is 0."""
+
+    def enough(least_b1: jax.Array) -> jax.Array:
+        return jnp.sum(scaled_bv >= least_b1, axis=-1, keepdims=True) >= k_b1
+
+    return jnp.where(k_b1 > 0, _largest(enough, k_b1.shape), -jnp.inf)
+
+
+def _top_p_threshold(
+    scaled_bv: jax.Array, top_b1: jax.Array, floor_b1: jax.Array, p_b1: jax.Array
+) -> jax.Array:
+    """[b, 1]: the least logit of the smallest set of likeliest tokens that holds mass `p`.
+
+    Args:
+        floor_b1: tokens below it have no mass.
+    """
+    mass_bv = jnp.where(scaled_bv >= floor_b1, jnp.exp(scaled_bv - top_b1), 0.0)
+    wanted_b1 = p_b1 * jnp.sum(mass_bv, axis=-1, keepdims=True)
+
+    def enough(least_b1: jax.Array) -> jax.Array:
+        kept_bv = jnp.where(scaled_bv >= least_b1, mass_bv, 0.0)
+        return jnp.sum(kept_bv, axis=-1, keepdims=True) >= wanted_b1
+
+    found_b1 = jnp.maximum(_largest(enough, p_b1.shape), floor_b1)
+    return jnp.where(p_b1 < 1, found_b1, floor_b1)
+
+
+_SIGN = -(2**31)
+_NEGATIVE_INFINITY = -0x7F800001  # its place among the floats, see `_float_at`
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """The largest float32 for which a property holds that holds for all smaller ones.
+
+    Bisection over the order of the floats: 32 steps find it exactly. -inf where it never holds.
+    """
+
+    def step(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # it holds at low, not at high
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        good = holds(_float_at(middle))
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    low = jnp.full(shape, _NEGATIVE_INFINITY, jnp.int32)
+    high = jnp.full(shape, 0x7F800000, jnp.int32)  # +inf
+    low, _ = jax.lax.fori_loop(0, 32, step, (low, high))
+    return _float_at(low)
+
+
+def _float_at(place: jax.Array) -> jax.Array:
+    """The float32 at a place in their order: 0 at 0, and integers as the bits of positive ones."""
+    bits = jnp.where(place >= 0, place, ~place ^ jnp.int32(_SIGN))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -10,13 +10,15 @@ from typing import NamedTuple
 from opd_jax.config import SamplingConfig
 from opd_jax.core.distributed import barrier
 from opd_jax.core.lineage import Identity
-from opd_jax.core.progress import StageProgress
+from opd_jax.core.progress import StageProgress, say, stage_line
 from opd_jax.data.store import Store, create_store
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import DataError
-from opd_jax.sampling.collect import SamplingJob, collect, requests_for
-from opd_jax.sampling.sampler import Request
+from opd_jax.sampling.collect import collect, requests_for
+from opd_jax.sampling.queue import Request
+from opd_jax.sampling.sampler import SamplingJob, plan_for
+from opd_jax.sampling.slots import Sample
 from opd_jax.stages.context import RunContext, Split
 from opd_jax.stages.records import Json
 from opd_jax.teacher.score import Scorer
@@ -69,15 +71,37 @@ def sample(ctx: RunContext, task: SampleTask, meta: Json) -> tuple[Store, Snapsh
     store = _create(ctx, task, meta)
     done = len(store.committed_keys())
     model, params = ctx.checkpoint_model(task.checkpoint)
-    end_ids = ctx.tokenizer("student").end_ids
-    seed, flush_seconds = ctx.seed(task.stream), ctx.config.flush_seconds
-    job = SamplingJob(model, params, task.sampling, end_ids, seed, flush_seconds)
+    tokenizer = ctx.tokenizer("student")
+    text = tokenizer.decode if task.sampling.stop else None
+    job = SamplingJob(model, params, task.sampling, tokenizer.end_ids, ctx.seed(task.stream), text)
     unit = "sampled" if task.sampling.temperature else "greedy answers"
+    if done < len(requests):
+        say(stage_line(task.stage, str(plan_for(job, requests))))
     with StageProgress(task.stage, len(requests), unit, done) as progress:
-        collect(job, store, requests, lambda tokens: progress.add(1, tokens))
+        lengths = _Lengths()
+
+        def on_sample(sample: Sample) -> None:
+            progress.add(1, len(sample.token_ids), lengths.note(sample))
+
+        collect(job, store, requests, on_sample, ctx.config.flush_seconds)
     snapshot = store.freeze()
     _check_complete(snapshot, requests, task)
     return store, snapshot
+
+
+class _Lengths:
+    """What is told of the responses while they come."""
+
+    def __init__(self) -> None:
+        self._samples = self._tokens = self._cut = 0
+
+    def note(self, sample: Sample) -> str:
+        """Mean length and share truncated, with one more sample."""
+        self._samples += 1
+        self._tokens += len(sample.token_ids)
+        self._cut += sample.finish_reason == "length"
+        mean, cut = self._tokens / self._samples, self._cut / self._samples
+        return f"mean {mean:,.0f} tokens  {cut:.1%} truncated"
 
 
 def _create(ctx: RunContext, task: SampleTask, meta: Json) -> Store:

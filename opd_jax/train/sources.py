@@ -15,8 +15,10 @@ from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import ConfigError
 from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.sampling.collect import to_record
-from opd_jax.sampling.sampler import Request, generate
+from opd_jax.sampling.collect import requests_for, to_record
+from opd_jax.sampling.queue import Request
+from opd_jax.sampling.sampler import Plan, SamplingJob, generate, plan_for
+from opd_jax.sampling.stops import Text
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.loop import NextBatch, Source
 
@@ -89,6 +91,7 @@ class LiveTeacher:
     sampling: SamplingConfig
     end_ids: tuple[int, ...]
     seed: int
+    text: Text
 
 
 def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
@@ -101,6 +104,10 @@ def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
     order = step_order(len(live.prompts) * samples_each, loop.batch_size, live.seed)
     longest = max(len(ids) for _, ids in live.prompts) + live.sampling.max_new_tokens
     length = bucket_length(longest - 1)
+    slots = min(live.sampling.slots, 1 << (loop.batch_size - 1).bit_length())
+    sampling = live.sampling.model_copy(update={"slots": slots})
+    everything = requests_for(live.prompts, samples_each)
+    plan: Plan | None = None
 
     def next_batch(step: int, params: Params) -> Batch:
         first = step * loop.batch_size
@@ -110,9 +117,10 @@ def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
             name, ids = live.prompts[place // samples_each]
             index = step * samples_each + place % samples_each  # new at every step
             requests.append(Request(name, index, np.asarray(ids, np.int32)))
-        samples = generate(
-            live.model, params, requests, live.sampling, live.end_ids, live.seed, live.model.mesh
-        )
+        job = SamplingJob(live.model, params, sampling, live.end_ids, live.seed, live.text)
+        nonlocal plan  # one for all steps, whichever prompts they have: nothing compiles again
+        plan = plan or plan_for(job, everything)
+        samples = generate(job, requests, plan)
         done = {(s.request.prompt_id, s.request.sample_index): to_record(s) for s in samples}
         records = [done[request.prompt_id, request.sample_index] for request in requests]
         return opd_batch(records, live.scorer.score_all(records, length), length, support)

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.model.decode import decode, empty_cache, insert_rows, split_layers
+from opd_jax.model.decode import Tiers, decode, empty_cache, insert_rows, split_layers
 from tests.sampling.reference import random_params, tiny_model
+
+TIERS = Tiers((2, 2), (10, 12))
 
 
 def test_decode_and_prefill_together_are_the_whole_forward():
@@ -14,9 +16,11 @@ def test_decode_and_prefill_together_are_the_whole_forward():
     forward = jax.jit(lambda tokens: model.forward(params, tokens, position_bt))
     whole = forward(tokens_bt)
     rows, lengths = jnp.array([2, 9, 0]), jnp.array([7, 4, 5])  # the second row is dropped
-    cache = insert_rows(empty_cache(model, 4, 12), (whole.keys, whole.values), rows, lengths)
+    cache = insert_rows(TIERS, empty_cache(model, TIERS), (whole.keys, whole.values), rows, lengths)
     assert cache.lengths_b.tolist() == [5, 0, 7, 0]
-    step = jax.jit(lambda tokens, cache: decode(model, split_layers(model, params), tokens, cache))
+    step = jax.jit(
+        lambda tokens, cache: decode(model, TIERS, split_layers(model, params), tokens, cache)
+    )
     for i in range(4):
         tokens_b = jnp.array([tokens_bt[2, 5 + i], 0, tokens_bt[0, 7 + i], 0])
         hidden_bd, cache = step(tokens_b, cache)
@@ -31,12 +35,16 @@ def test_decoding_in_place_copies_no_cache():
     def loop(cache):
         def body(carry):
             i, cache = carry
-            return i + 1, decode(model, params, jnp.zeros(3, jnp.int32), cache)[1]
+            return i + 1, decode(model, Tiers((3,), (24,)), params, jnp.zeros(3, jnp.int32), cache)[
+                1
+            ]
 
         return jax.lax.while_loop(lambda carry: carry[0] < 8, body, (0, cache))[1]
 
-    program = jax.jit(loop, donate_argnums=0).lower(empty_cache(model, 3, 24)).compile()
-    shape = "f32[3,2,24,8]"
-    copies = [line for line in program.as_text().splitlines() if f"= {shape}" in line]
-    assert copies
-    assert not [line for line in copies if " copy(" in line]
+    program = (
+        jax.jit(loop, donate_argnums=0).lower(empty_cache(model, Tiers((3,), (24,)))).compile()
+    )
+    for shape in ("f32[3,2,24,8]", "f32[3,2,8,24]"):
+        lines = [line for line in program.as_text().splitlines() if f"= {shape}" in line]
+        assert lines
+        assert not [line for line in lines if " copy(" in line]

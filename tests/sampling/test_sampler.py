@@ -6,7 +6,8 @@ from opd_jax.config import MeshConfig, SamplingConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.sampling import engine
-from opd_jax.sampling.sampler import Request, generate
+from opd_jax.sampling.queue import Request
+from opd_jax.sampling.sampler import SamplingJob, generate
 from tests.sampling.reference import (
     FAMILIES,
     random_params,
@@ -28,7 +29,7 @@ def requests_of(lengths=LENGTHS, vocab=28):
 
 
 def run(model, params, requests, sampling, seed=7, end_ids=END):
-    samples = list(generate(model, params, requests, sampling, end_ids, seed, model.mesh))
+    samples = list(generate(SamplingJob(model, params, sampling, end_ids, seed), requests))
     assert len(samples) == len(requests)
     return {(s.request.prompt_id, s.request.sample_index): s for s in samples}
 
@@ -119,7 +120,7 @@ def test_a_mesh_gives_the_samples_of_one_device(straight):
 
 def test_new_parameters_compile_nothing(straight):
     model, _, sampling, samples = straight
-    programs = (engine.empty_state, engine.prefill, engine.decode_round)
+    programs = (engine.empty_state, engine.prefill, engine.start, engine.decode_round)
     before = [program._cache_size() for program in programs]
     other = run(model, random_params(model, 5), requests_of(), sampling, seed=8)
     assert [program._cache_size() for program in programs] == before
@@ -128,7 +129,7 @@ def test_new_parameters_compile_nothing(straight):
 
 def test_no_requests_no_samples(straight):
     model, params, sampling, _ = straight
-    assert list(generate(model, params, [], sampling, END, 0, None)) == []
+    assert list(generate(SamplingJob(model, params, sampling, END, 0), [])) == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_bad_requests_are_refused_before_anything_runs(straight, ids, end_ids, e
     model, params, sampling, _ = straight
     request = Request("x", 0, np.array(ids, np.int32))
     with pytest.raises(error, match=message):
-        generate(model, params, [request], sampling, end_ids, 0, None)
+        generate(SamplingJob(model, params, sampling, end_ids, 0), [request])
 
 
 def poisoned(model, token):
@@ -163,7 +164,7 @@ def test_nonfinite_logits_stop_with_the_place_after_the_finished_samples():
     slow = [sample_slowly(model, clean, r, sampling, END, 7) for r in requests]
     fine = [r for r, ids in zip(requests, slow, strict=True) if 7 not in ids[:-1]]
     sick, ids = next((r, ids) for r, ids in zip(requests, slow, strict=True) if 7 in ids[:-1])
-    samples, seen = generate(model, params, [*fine, sick], sampling, END, 7, None), []
+    samples, seen = generate(SamplingJob(model, params, sampling, END, 7), [*fine, sick]), []
     place = f"sample {sick.sample_index}: .* position {ids.index(7) + 1} "
     with pytest.raises(ModelError, match=place):
         seen.extend(sample.request.sample_index for sample in samples)
@@ -176,4 +177,4 @@ def test_nonfinite_logits_of_the_prompt_are_position_zero():
     requests = [Request("sick", 4 + i, ids) for i in range(3)]
     sampling = SamplingConfig(max_new_tokens=20, slots=4)
     with pytest.raises(ModelError, match=r"prompt 'sick', sample 4: .* position 0 "):
-        list(generate(model, poisoned(model, 7), requests, sampling, END, 7, None))
+        list(generate(SamplingJob(model, poisoned(model, 7), sampling, END, 7), requests))

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from opd_jax.config import SamplingConfig
 from opd_jax.core.rng import key_for, stable_hash
 from opd_jax.sampling.keys import root_key, sample_keys, token_keys
-from opd_jax.sampling.transforms import Transform, bend, draw
+from opd_jax.sampling.transforms import bend, draw, transform_of, uses_of
 from tests.sampling.reference import bent_probs
 
 LOGITS = np.array([2.0, 1.1, 0.3, -0.2, -1.0, 1.3, -3.0], np.float32)
@@ -22,6 +23,23 @@ BENDS = {
     "all": {"temperature": 1.3, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
 }
 DRAWS = 100_000
+
+
+def sampling_of(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    return SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def bent_rows(logits_bv, *samplings):
+    return bend(jnp.asarray(logits_bv), transform_of(samplings), uses_of(samplings))
+
+
+def drawn(keys, logits_bv, **settings):
+    samplings = [SamplingConfig(**settings)] * len(logits_bv)
+    transform, uses = transform_of(samplings), uses_of(samplings)
+    bent_bv = bend(logits_bv, transform, uses)
+    return draw(keys, bent_bv, transform.temperature_b == 0, uses)
+
+
 CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}
 
 
@@ -29,7 +47,7 @@ CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}
 def test_frequencies_are_the_exact_ones(name):
     keys = jax.random.split(key_for(0, "test", name), DRAWS)
     logits_bv = jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS)))
-    token_b = np.asarray(draw(keys, logits_bv, Transform(**BENDS[name])))
+    token_b = np.asarray(drawn(keys, logits_bv, **BENDS[name]))
     expected_v = DRAWS * bent_probs(LOGITS, **BENDS[name])
     seen_v = np.bincount(token_b, minlength=len(LOGITS))
     possible = expected_v > 0
@@ -42,7 +60,7 @@ def test_frequencies_are_the_exact_ones(name):
 def test_greedy_is_the_likeliest_token():
     keys = jax.random.split(key_for(0, "test"), 3)
     rows_bv = jnp.stack([jnp.roll(LOGITS, shift) for shift in (0, 2, 5)])
-    assert draw(keys, rows_bv, Transform(temperature=0)).tolist() == [0, 2, 5]
+    assert drawn(keys, rows_bv, temperature=0.0).tolist() == [0, 2, 5]
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,27 +73,42 @@ def test_greedy_is_the_likeliest_token():
 )
 def test_bend_is_the_definition(tenths_v, temperature, top_k, top_p, min_p):
     logits_v = tenths_v.astype(np.float32) / 10
-    bent = bend(jnp.asarray(logits_v)[None], Transform(temperature, top_k, top_p, min_p))[0]
+    bent = bent_rows(logits_v[None], sampling_of(temperature, top_k, top_p, min_p))[0]
     wanted_v = bent_probs(logits_v, temperature, top_k, top_p, min_p)
     np.testing.assert_allclose(np.asarray(jax.nn.softmax(bent)), wanted_v, atol=2e-5)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
 def test_extreme_temperatures_stay_finite(temperature):
-    bent = np.asarray(bend(jnp.asarray(LOGITS)[None], Transform(temperature)))[0]
+    bent = np.asarray(bent_rows(LOGITS[None], SamplingConfig(temperature=temperature)))[0]
     assert not np.isnan(bent).any()
     assert bent.argmax() == 0 or temperature > 1
 
 
-def test_no_sort_unless_asked_for():
-    def program(transform):
+def test_no_pass_over_the_vocabulary_unless_asked_for():
+    def program(**settings):
         keys, logits_bv = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 50))
-        return jax.jit(draw, static_argnums=2).lower(keys, logits_bv, transform).as_text()
+        return jax.jit(lambda k, x: drawn(k, x, **settings)).lower(keys, logits_bv).as_text()
 
-    plain = program(Transform(temperature=0.7, min_p=0.1))
-    assert "sort" not in plain
-    assert "top_k" not in plain
-    assert "sort" in program(Transform(top_p=0.9))
+    plain = program(temperature=0.7, min_p=0.1)
+    for text in (plain, program(top_p=0.9, top_k=3)):
+        assert "sort" not in text
+        assert "top_k" not in text
+    assert plain.count("stablehlo.while") == program().count("stablehlo.while")
+    assert program(top_p=0.9).count("stablehlo.while") > plain.count("stablehlo.while")
+
+
+def test_every_row_has_its_own_settings():
+    rng = np.random.default_rng(1)
+    logits_bv = rng.normal(size=(len(BENDS) + 1, 9)).astype(np.float32)
+    samplings = [SamplingConfig(**kind) for kind in BENDS.values()]
+    together = bent_rows(logits_bv, *samplings, SamplingConfig(temperature=0.0))
+    for row, kind in enumerate(BENDS.values()):
+        wanted_v = bent_probs(logits_bv[row], **kind)
+        np.testing.assert_allclose(jax.nn.softmax(together[row]), wanted_v, atol=2e-5)
+        alone = bent_rows(logits_bv[row : row + 1], samplings[row])
+        np.testing.assert_array_equal(jax.nn.softmax(alone[0]), jax.nn.softmax(together[row]))
+    assert np.flatnonzero(np.isfinite(together[-1])) == [logits_bv[-1].argmax()]
 
 
 def test_keys_are_those_of_key_for():

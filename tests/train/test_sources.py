@@ -91,7 +91,7 @@ def test_online_batches_follow_the_offline_order_of_prompts_and_samples():
     prompts = [(f"p{i}", [i + 1, i + 1]) for i in range(3)]
     sampling = SamplingConfig(max_new_tokens=4, samples_per_prompt=2, slots=4)
     scorer = Scorer(model, params, batch_tokens=16)
-    live = LiveTeacher(model, scorer, prompts, sampling, end_ids=(0,), seed=5)
+    live = LiveTeacher(model, scorer, prompts, sampling, end_ids=(0,), seed=5, text=str)
     loop = LoopConfig(batch_size=4)
     order = step_order(6, 4, 5)
     next_batch = online_source(live, 0, loop)(0)
