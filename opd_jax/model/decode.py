@@ -18,6 +18,7 @@ are [shards, rows of a shard], and every shard has its part of each tier:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,9 +81,7 @@ class Tiers:
         """An array of all rows as one per tier."""
         cut = x_b.reshape(self.shards, -1, *x_b.shape[1:])
         ends = [sum(self.rows[:i]) for i in range(len(self.rows) + 1)]
-        return tuple(
-            cut[:, a:b].reshape(-1, *x_b.shape[1:]) for a, b in zip(ends, ends[1:], strict=False)
-        )
+        return tuple(cut[:, a:b].reshape(-1, *x_b.shape[1:]) for a, b in itertools.pairwise(ends))
 
     def join(self, parts: tuple[jax.Array, ...]) -> jax.Array:
         """The inverse of `split`."""
@@ -199,7 +198,7 @@ def _places(tiers: Tiers, rows_p: jax.Array) -> tuple[jax.Array, ...]:
 def split_layers(model: LanguageModel, params: Params) -> Params:
     """Parameters as `decode` wants them: in the compute dtype, `layers` a tuple, one per layer.
 
-    Weights are [outputs, inputs], as the output head is: products with few rows read them faster so.
+    Weights are [outputs, inputs], as the output head is: products with few rows read them faster.
     On a mesh the outputs are spread over `fsdp` too, so that a step reads every weight once and
     sends activations, not weights. This is a copy: it costs one more set of weights in memory while
     a sampler runs.
@@ -207,9 +206,7 @@ def split_layers(model: LanguageModel, params: Params) -> Params:
     params = cast(params, model.compute_dtype)
 
     def leaf(name: str, x: jax.Array) -> jax.Array:
-        if name not in _CONTRACTED or (
-            x.ndim == 3 and name.startswith("w_")
-        ):  # experts keep theirs
+        if name not in _CONTRACTED or (x.ndim == 3 and name.startswith("w_")):
             return x
         ins = _CONTRACTED[name]
         order = (*range(ins, x.ndim), *range(ins))
@@ -244,19 +241,21 @@ def _ways(mesh: Mesh) -> int:
 
 def product(mesh: Mesh | None, x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
     """The last axes of `x` with the last of `weight`, [outputs, inputs]; sums are float32."""
-    ins = weight.shape[weight.ndim - contracted :]
-    outs = weight.shape[: weight.ndim - contracted]
-    x_bd = x.reshape(-1, math.prod(ins))
-    if len(x_bd) == 1 and outs[0] % GROUPS == 0 and platform_of(mesh) == "cpu":
-        weight_gfd = weight.reshape(GROUPS, -1, math.prod(ins))
+    kept, outs = x.shape[: x.ndim - contracted], weight.shape[: weight.ndim - contracted]
+    # As matrices: products of other ranks make XLA copy the weight for CPUs.
+    x_bd = x.reshape(math.prod(kept), -1)
+    weight_fd = weight.reshape(math.prod(outs), -1)
+    if len(x_bd) == 1 and len(weight_fd) % GROUPS == 0 and platform_of(mesh) == "cpu":
+        weight_gfd = weight_fd.reshape(GROUPS, -1, weight_fd.shape[1])
         x_gd = jnp.broadcast_to(x_bd, (GROUPS, x_bd.shape[1]))
-        numbers = (((2,), (1,)), ((0,), (0,)))
-        out = jax.lax.dot_general(weight_gfd, x_gd, numbers, preferred_element_type=jnp.float32)
+        out = _dot(weight_gfd, x_gd, (((2,), (1,)), ((0,), (0,))))
     else:
-        last = tuple(range(x.ndim - contracted, x.ndim))
-        numbers = ((last, tuple(range(len(outs), weight.ndim))), ((), ()))
-        out = jax.lax.dot_general(x, weight, numbers, preferred_element_type=jnp.float32)
-    return out.reshape(*x.shape[: x.ndim - contracted], *outs)
+        out = _dot(x_bd, weight_fd, (((1,), (1,)), ((), ())))
+    return out.reshape(*kept, *outs)
+
+
+def _dot(x: jax.Array, y: jax.Array, numbers: jax.lax.DotDimensionNumbers) -> jax.Array:
+    return jax.lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
 
 
 def decode(
@@ -267,7 +266,8 @@ def decode(
     Args:
         params: of `split_layers`.
         tokens_b: int32, the token at position `cache.lengths_b` of each row.
-        cache: a row that is full keeps what it has, and what is computed for it means nothing.
+        cache: with room for it: `lengths_b` below the length of the row's tier. What lies beyond
+            `lengths_b` is overwritten.
 
     Returns:
         hidden_bd after the final norm, and the cache that holds the token.
@@ -317,12 +317,23 @@ def _write_and_attend(
     queries, fresh_keys, fresh_values = (tiers.split(x) for x in new)
     keys, values, mixed = [], [], []
     parts = zip(*old, tiers.split(lengths_b), queries, fresh_keys, fresh_values, strict=True)
-    for keys_bkhs, values_bksh, length_b, q_btnh, k_btkh, v_btkh in parts:
-        rows_b = jnp.arange(len(length_b))
-        options = {"mode": "drop", "unique_indices": True}
-        keys_bkhs = keys_bkhs.at[rows_b, :, :, length_b].set(k_btkh[:, 0], **options)
-        values_bksh = values_bksh.at[rows_b, :, length_b].set(v_btkh[:, 0], **options)
-        keys.append(keys_bkhs)
-        values.append(values_bksh)
-        mixed.append(attend_cached(q_btnh, keys_bkhs, values_bksh, length_b + 1))
+    for old_keys, old_values, length_b, q_btnh, k_btkh, v_btkh in parts:
+        keys.append(_write(old_keys, k_btkh[:, 0], length_b, 3))
+        values.append(_write(old_values, v_btkh[:, 0], length_b, 2))
+        mixed.append(attend_cached(q_btnh, keys[-1], values[-1], length_b + 1))
     return tiers.join(tuple(mixed)), (tuple(keys), tuple(values))
+
+
+def _write(cache: jax.Array, new_bkh: jax.Array, length_b: jax.Array, time: int) -> jax.Array:
+    """Each row's new keys or values at its length, along axis `time`, in place.
+
+    In bounds by the contract of `decode`: a mode that checks makes XLA copy the cache, and so does
+    a scatter into one row.
+    """
+    if len(length_b) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(
+            cache, jnp.expand_dims(new_bkh, time), length_b[0], time
+        )
+    rows_b = jnp.arange(len(length_b))
+    target = cache.at[rows_b, :, :, length_b] if time == 3 else cache.at[rows_b, :, length_b]
+    return target.set(new_bkh, mode="promise_in_bounds", unique_indices=True)

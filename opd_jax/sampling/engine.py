@@ -246,9 +246,14 @@ def decode_round(
 
 
 def _stuck(program: Program, state: State) -> jax.Array:
-    """Slots that have more to say than their row of the cache has room for."""
+    """Slots that have more to say than their row of the cache has room for.
+
+    The last place of a row stays empty: all rows compute at every step, and write somewhere.
+    """
     per_shard = [
-        s for n, s in zip(program.tiers.rows, program.tiers.lengths, strict=True) for _ in range(n)
+        s - 1
+        for n, s in zip(program.tiers.rows, program.tiers.lengths, strict=True)
+        for _ in range(n)
     ]
     room_b = jnp.tile(jnp.array(per_shard, jnp.int32), program.tiers.shards)
     return ~state.slots.done_b & (state.cache.lengths_b >= room_b)

@@ -7,6 +7,7 @@ sample moves to a longer slot when it outgrows its own.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ def plan_cache(
     shards = 1 if model.mesh is None else axis_size(model.mesh, "batch")
     rows = -(-min(slots, 1 << (len(prompts) - 1).bit_length()) // shards)
     prompt_r, limit_r = np.asarray(prompts, np.float64), np.asarray(limits, np.float64)
-    longest = int((prompt_r + limit_r).max()) - 1  # the last token is never read
+    longest = int((prompt_r + limit_r).max())
     lengths = sorted({_rounded(longest / 2**i) for i in range(TIERS)})
     lengths = [s for s in lengths if s > prompt_r.min()] or [_rounded(longest)]
     beyond = [1.0, *(_share_beyond(s, prompt_r, limit_r) for s in lengths[:-1])]
     at_least = [max(1, math.ceil(rows * share)) for share in beyond] + [0]
-    counts = [a - b for a, b in zip(at_least, at_least[1:], strict=False)]
+    counts = [a - b for a, b in itertools.pairwise(at_least)]
     kept = [(n, s) for n, s in zip(counts, lengths, strict=True) if n]
     tiers = Tiers(tuple(n for n, _ in kept), tuple(s for _, s in kept), shards)
     return CachePlan(tiers, cache_token_bytes(model))
@@ -79,7 +80,7 @@ def _rounded(length: float) -> int:
 def _share_beyond(length: int, prompt_r: np.ndarray, limit_r: np.ndarray) -> float:
     """Share of the samples under way that are longer than this.
 
-    A sample with limit m, at a random moment of its life, has x tokens with density 2 (1 - x/m) / m.
+    At a random moment of its life, a sample with limit m has x tokens with density 2 (1 - x/m) / m.
     """
     left_r = np.clip(1 - (length - prompt_r) / limit_r, 0, 1)
     return float(np.sum(limit_r * left_r**2) / np.sum(limit_r))
@@ -121,10 +122,6 @@ def _host_bytes() -> float | None:
 
 
 def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = next(i for i in range(len(units)) if count < 1024 ** (i + 1) or i == len(units) - 1)
+    return f"{count / 1024**power:,.{min(power, 1)}f} {units[power]}"

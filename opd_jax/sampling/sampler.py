@@ -12,6 +12,7 @@ sampling settings, and (but for ties within rounding) on nothing else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,15 +188,15 @@ class _Feeder:
         self, table: SlotTable, state: engine.State
     ) -> tuple[engine.State, list[tuple[list[int], engine.First]]]:
         """Start samples until too few slots are free; returns their slots and first tokens."""
-        firsts = []
+        program, mesh = self._plan.program, self._plan.program.mesh
+        firsts: list[tuple[list[int], engine.First]] = []
         while self.left and len(table.free) >= min(self._plan.rows, self.left):
             if not self._waiting:
                 self._prefill(self._queue.take())
             chosen = self._choose(table)
             if not chosen or self._prompts is None:
                 break
-            program, mesh = self._plan.program, self._plan.program.mesh
-            new = jax.tree.map(lambda x: _put(mesh, x), table.start(chosen, self._plan.rows))
+            new = jax.tree.map(functools.partial(_put, mesh), table.start(chosen, self._plan.rows))
             state, first = engine.start(program, self._split, state, self._prompts, new, self._root)
             firsts.append(([slot for _, slot, _ in chosen], first))
         return state, firsts

@@ -92,9 +92,9 @@ class SlotTable:
         """
         lengths, prompt = self._program.tiers.lengths, len(request.prompt_ids)
         likely = prompt + self.settings(request).max_new_tokens // 2
-        fitting = [tier for tier, length in enumerate(lengths) if length > prompt]
+        fitting = [tier for tier, length in enumerate(lengths) if length > prompt + 1]
         if not fitting:
-            fitting = [len(lengths) - 1]  # a limit of one token needs no room beyond the prompt
+            fitting = [len(lengths) - 1]  # of a response of one token, nothing is kept
         best = next((tier for tier in fitting if lengths[tier] >= likely), fitting[-1])
         longer = [] if self._stuck else [tier for tier in fitting if tier > best]
         shorter = [tier for tier in reversed(fitting) if tier < best]

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, greedy, each with its own value per row.
+"""From logits to a token: temperature, top-k, top-p, min-p and greedy, with values for each row.
 
 Every cut-off is a threshold on the scaled logits, so they combine by the largest threshold. The
 thresholds of top-k and top-p are found by bisection, 32 passes over the vocabulary instead of a

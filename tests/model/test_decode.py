@@ -30,7 +30,7 @@ def test_decode_and_prefill_together_are_the_whole_forward():
 
 def test_decoding_in_place_copies_no_cache():
     model = tiny_model()
-    params = split_layers(model, random_params(model))
+    params, tiers = split_layers(model, random_params(model)), Tiers((3,), (24,))
 
     def loop(cache):
         def body(carry):
