@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,7 @@ class SlotTable:
         requests = [request for _, _, request in chosen]
         settings = [self.settings(r) for r in requests] + [SamplingConfig()] * padding
 
-        def column(values: Sequence[int], fill: int) -> np.ndarray:
+        def column(values: Sequence[int], fill: int) -> Any:
             return np.array([*values, *[fill] * padding], np.int32)
 
         return Start(
@@ -124,8 +125,8 @@ class SlotTable:
             slot_p=column([slot for _, slot, _ in chosen], self._program.slots),
             prompt_p=column([stable_hash(r.prompt_id) for r in requests], 0),
             index_p=column([r.sample_index for r in requests], 0),
-            limit_p=np.array([s.max_new_tokens for s in settings], np.int32),
-            least_p=np.array([s.min_new_tokens for s in settings], np.int32),
+            limit_p=column([s.max_new_tokens for s in settings[: len(chosen)]], 1),
+            least_p=column([s.min_new_tokens for s in settings[: len(chosen)]], 0),
             transform=transform_of(settings),
         )
 
@@ -148,7 +149,7 @@ class SlotTable:
         drawn = np.stack([np.asarray(seen.logprob_rb), np.asarray(seen.drawn_logprob_rb)])
         self._logprobs[:, slot, column] = drawn[:, row, slot]
         self._count_b = count_b.copy()
-        live = [slot for slot in np.flatnonzero(new_b > 0) if self._requests[slot] is not None]
+        live = [int(slot) for slot in np.flatnonzero(new_b > 0) if self._requests[slot] is not None]
         self._find_stops(live, before_b[live])
         self._stuck = [
             int(slot) for slot in np.flatnonzero(seen.stuck_b) if not self._stopped_b[slot]

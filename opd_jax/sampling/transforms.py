@@ -8,7 +8,7 @@ sort. A transform that no request asks for leaves nothing in the program.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ class Transform(NamedTuple):
     `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0` are off.
     """
 
-    temperature_b: jax.Array | np.ndarray
-    top_k_b: jax.Array | np.ndarray
-    top_p_b: jax.Array | np.ndarray
-    min_p_b: jax.Array | np.ndarray
+    temperature_b: jax.Array
+    top_k_b: jax.Array
+    top_p_b: jax.Array
+    min_p_b: jax.Array
 
 
 class Uses(NamedTuple):
@@ -63,7 +63,8 @@ def transform_of(samplings: Iterable[SamplingConfig]) -> Transform:
     rows = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in samplings]
     columns = zip(*rows, strict=True)
     kinds = (np.float32, np.int32, np.float32, np.float32)
-    return Transform(*(np.array(x, kind) for x, kind in zip(columns, kinds, strict=True)))
+    arrays: list[Any] = [np.array(x, kind) for x, kind in zip(columns, kinds, strict=True)]
+    return Transform(*arrays)
 
 
 def draw(keys_b: jax.Array, bent_bv: jax.Array, greedy_b: jax.Array, uses: Uses) -> jax.Array:

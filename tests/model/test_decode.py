@@ -35,15 +35,12 @@ def test_decoding_in_place_copies_no_cache():
     def loop(cache):
         def body(carry):
             i, cache = carry
-            return i + 1, decode(model, Tiers((3,), (24,)), params, jnp.zeros(3, jnp.int32), cache)[
-                1
-            ]
+            cache = decode(model, tiers, params, jnp.zeros(3, jnp.int32), cache)[1]
+            return i + 1, cache
 
         return jax.lax.while_loop(lambda carry: carry[0] < 8, body, (0, cache))[1]
 
-    program = (
-        jax.jit(loop, donate_argnums=0).lower(empty_cache(model, Tiers((3,), (24,)))).compile()
-    )
+    program = jax.jit(loop, donate_argnums=0).lower(empty_cache(model, tiers)).compile()
     for shape in ("f32[3,2,24,8]", "f32[3,2,8,24]"):
         lines = [line for line in program.as_text().splitlines() if f"= {shape}" in line]
         assert lines
