@@ -1,8 +1,11 @@
-"""How many slots of which length: memory for responses of mixed lengths, and whether it is there.
+"""How many slots of which length, and whether the memory for them is there.
 
 A slot that holds the longest prompt and the longest response costs the most; few responses get so
-long. A quarter or so of the slots is full-sized, the others have half or a quarter of that, and a
-sample moves to a longer slot when it outgrows its own.
+long. With several tiers, a quarter or so of the slots is full-sized, the others have half or a
+quarter of that, and a sample moves to a longer slot when it outgrows its own. XLA sums over another
+length in another order: a sample's log-probs then depend, in their last bits, on the slots it was
+in. As a run that goes on after a kill has to give the bits of one that was not killed, all slots
+are full-sized unless asked for otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from opd_jax.model.decode import Tiers, cache_token_bytes
 from opd_jax.model.transformer import LanguageModel
 
 LENGTH_STEP = 64  # slots have a multiple of it as length
-TIERS = 3  # each half as long as the next
 
 
 @dataclass(frozen=True)
@@ -52,25 +54,32 @@ class CachePlan:
 
 
 def plan_cache(
-    model: LanguageModel, slots: int, prompts: Sequence[int], limits: Sequence[int]
+    model: LanguageModel,
+    slots: int,
+    prompts: Sequence[int],
+    limits: Sequence[int],
+    tiers: int = 1,
 ) -> CachePlan:
     """Slots for some requests, given the length of each prompt and the limit of each response.
 
     A response's length is taken to be anything up to its limit with equal chance; the slots of each
     length are then as many as samples of such a length will be under way at once.
+
+    Args:
+        tiers: at most this many lengths, each half as long as the next.
     """
     shards = 1 if model.mesh is None else axis_size(model.mesh, "batch")
     rows = -(-min(slots, 1 << (len(prompts) - 1).bit_length()) // shards)
     prompt_r, limit_r = np.asarray(prompts, np.float64), np.asarray(limits, np.float64)
     longest = int((prompt_r + limit_r).max())
-    lengths = sorted({_rounded(longest / 2**i) for i in range(TIERS)})
+    lengths = sorted({_rounded(longest / 2**i) for i in range(tiers)})
     lengths = [s for s in lengths if s > prompt_r.min()] or [_rounded(longest)]
     beyond = [1.0, *(_share_beyond(s, prompt_r, limit_r) for s in lengths[:-1])]
     at_least = [max(1, math.ceil(rows * share)) for share in beyond] + [0]
     counts = [a - b for a, b in itertools.pairwise(at_least)]
     kept = [(n, s) for n, s in zip(counts, lengths, strict=True) if n]
-    tiers = Tiers(tuple(n for n, _ in kept), tuple(s for _, s in kept), shards)
-    return CachePlan(tiers, cache_token_bytes(model))
+    chosen = Tiers(tuple(n for n, _ in kept), tuple(s for _, s in kept), shards)
+    return CachePlan(chosen, cache_token_bytes(model))
 
 
 def _rounded(length: float) -> int:
