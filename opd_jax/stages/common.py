@@ -75,7 +75,7 @@ def sample(ctx: RunContext, task: SampleTask, meta: Json) -> tuple[Store, Snapsh
     text = tokenizer.decode if task.sampling.stop else None
     job = SamplingJob(model, params, task.sampling, tokenizer.end_ids, ctx.seed(task.stream), text)
     unit = "sampled" if task.sampling.temperature else "greedy answers"
-    if done < len(requests):
+    if done < len(requests) and task.split != "eval":  # each checkpoint would say it
         say(stage_line(task.stage, str(plan_for(job, requests))))
     with StageProgress(task.stage, len(requests), unit, done) as progress:
         lengths = _Lengths()
