@@ -18,7 +18,8 @@ from opd_jax.config import SamplingConfig
 from opd_jax.data.tokenizer import load_tokenizer
 from opd_jax.model.hf_export import export_folder
 from opd_jax.model.load import read_model
-from opd_jax.sampling.sampler import Request, generate
+from opd_jax.sampling.queue import Request
+from opd_jax.sampling.sampler import SamplingJob, generate
 
 pytestmark = pytest.mark.parity
 
@@ -88,7 +89,7 @@ def our_greedy(ours, prompts, end_ids):
     model, params = ours
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW, slots=len(prompts))
     requests = [Request(str(i), 0, np.array(prompt)) for i, prompt in enumerate(prompts)]
-    samples = generate(model, params, requests, sampling, end_ids, 0, None)
+    samples = generate(SamplingJob(model, params, sampling, end_ids, 0), requests)
     found = {int(sample.request.prompt_id): sample.token_ids.tolist() for sample in samples}
     return [found[i] for i in range(len(prompts))]
 
