@@ -58,6 +58,7 @@ class SlotTable:
         self._logprobs = np.zeros((2, *shape), np.float32)
         self._count_b = np.zeros(program.slots, np.int32)
         self._stopped_b = np.zeros(program.slots, bool)
+        self._looked_b = np.zeros(program.slots, np.int32)  # tokens searched for stop strings
         self._stuck: list[int] = []
         tiers = program.tiers
         self._tier_b = [tiers.place(slot)[0] for slot in range(program.slots)]
@@ -109,7 +110,7 @@ class SlotTable:
     def seat(self, slot: int, request: Request) -> None:
         """Give a request a free slot."""
         self._requests[slot], self._count_b[slot] = request, 0
-        self._stopped_b[slot] = False
+        self._stopped_b[slot], self._looked_b[slot] = False, 0
 
     def start(self, chosen: Sequence[tuple[int, int, Request]], rows: int) -> Start:
         """What `engine.start` wants to know of (row of the prompt, slot, request)."""
@@ -136,7 +137,6 @@ class SlotTable:
         self._tokens[slots, 0] = first.token_p[:n]
         self._logprobs[:, slots, 0] = first.logprob_p[:n], first.drawn_logprob_p[:n]
         self._count_b[slots] = 1
-        self._find_stops(slots, np.zeros(n, np.int32))
 
     def record_round(self, seen: Round) -> None:
         """Note the tokens that a decode round drew, and who is stuck."""
@@ -149,22 +149,25 @@ class SlotTable:
         drawn = np.stack([np.asarray(seen.logprob_rb), np.asarray(seen.drawn_logprob_rb)])
         self._logprobs[:, slot, column] = drawn[:, row, slot]
         self._count_b = count_b.copy()
-        live = [int(slot) for slot in np.flatnonzero(new_b > 0) if self._requests[slot] is not None]
-        self._find_stops(live, before_b[live])
+        self._find_stops()
         self._stuck = [
             int(slot) for slot in np.flatnonzero(seen.stuck_b) if not self._stopped_b[slot]
         ]
 
-    def _find_stops(self, slots: Sequence[int], seen: np.ndarray) -> None:
+    def _find_stops(self) -> None:
         """Cut responses whose text contains a stop string."""
-        for slot, before in zip(slots, seen, strict=True):
-            request = self._requests[slot]
-            if request is None or self._stopped_b[slot] or self._text is None:
+        for slot, request in enumerate(self._requests):
+            if request is None or self._text is None:
                 continue
             sampling, said = self.settings(request), self._tokens[slot, : self._count_b[slot]]
             n = stop_length(
-                said.tolist(), int(before), sampling.stop, sampling.min_new_tokens, self._text
+                said.tolist(),
+                int(self._looked_b[slot]),
+                sampling.stop,
+                sampling.min_new_tokens,
+                self._text,
             )
+            self._looked_b[slot] = len(said)
             if n is not None:
                 self._count_b[slot], self._stopped_b[slot] = n, True
 
@@ -178,7 +181,13 @@ class SlotTable:
             to = min(free, key=lambda other: (self._tier_b[other], other))
             pairs.append((slot, to))
             self._stuck.remove(slot)
-            for column in (self._tokens, self._logprobs[0], self._logprobs[1], self._count_b):
+            for column in (
+                self._tokens,
+                self._logprobs[0],
+                self._logprobs[1],
+                self._count_b,
+                self._looked_b,
+            ):
                 column[to] = column[slot]
             self._requests[to], self._requests[slot] = self._requests[slot], None
             self._stopped_b[to] = False

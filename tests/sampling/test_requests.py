@@ -216,3 +216,17 @@ def test_tokens_are_told_while_they_come(model_and_params):
     assert len(told) > 3
     for ids in told:
         assert ids.tolist() == sample.token_ids[: len(ids)].tolist()
+
+
+def test_a_stop_string_that_the_first_token_completes_ends_the_response_there(model_and_params):
+    model, params = model_and_params
+    requests = requests_of(3, 4)
+    free = SamplingConfig(max_new_tokens=20, min_new_tokens=5, slots=4)
+    whole = run(model, params, free, requests)
+    stop = next(letters(s.token_ids[:1]) for s in whole.values())
+    stopping = free.model_copy(update={"stop": (stop,), "min_new_tokens": 0})
+    (first, *_) = whole.values()
+    sample = run(model, params, stopping, requests)[
+        first.request.prompt_id, first.request.sample_index
+    ]
+    assert (sample.text, sample.finish_reason, len(sample.logprobs)) == (stop, "stop", 1)
