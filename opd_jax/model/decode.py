@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from opd_jax.core.mesh import RULES, axis_size, platform_of
+from opd_jax.core.mesh import RULES, platform_of
 from opd_jax.model.attention import attend_cached
 from opd_jax.model.rope import rope_tables
 from opd_jax.model.transformer import (
@@ -68,14 +68,10 @@ class Tiers:
         """Tokens for which there is room."""
         return self.shards * sum(n * s for n, s in zip(self.rows, self.lengths, strict=True))
 
-    def place(self, row: int) -> tuple[int, int]:
-        """The tier of a row, and its place there."""
-        shard, index = divmod(row, sum(self.rows))
-        for tier, count in enumerate(self.rows):
-            if index < count:
-                return tier, shard * count + index
-            index -= count
-        raise AssertionError("divmod keeps the index below the rows of a shard")
+    def tier_of(self, row: int) -> int:
+        """The tier of a row."""
+        ends = itertools.accumulate(self.rows)
+        return next(tier for tier, end in enumerate(ends) if row % sum(self.rows) < end)
 
     def split(self, x_b: jax.Array) -> tuple[jax.Array, ...]:
         """An array of all rows as one per tier."""
@@ -167,7 +163,6 @@ def move_rows(tiers: Tiers, cache: DecodeCache, from_m: jax.Array, to_m: jax.Arr
             for j in range(i + 1, len(olds)):
                 place = jnp.where(at_i, targets[j], olds[j].shape[0])
                 length = source.shape[time]
-                target = new[j].at[place]
                 if time == 3:
                     target = new[j].at[place, :, :, :length]
                 else:
@@ -303,8 +298,6 @@ def _everywhere(mesh: Mesh | None, x_btd: jax.Array) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x_btd
     batch = tuple(axis for axis in RULES["batch"] or () if axis != "fsdp")
-    if x_btd.shape[0] % axis_size(mesh, "batch"):
-        batch = ()
     return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, PartitionSpec(batch)))
 
 

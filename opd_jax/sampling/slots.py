@@ -61,7 +61,7 @@ class SlotTable:
         self._looked_b = np.zeros(program.slots, np.int32)  # tokens searched for stop strings
         self._stuck: list[int] = []
         tiers = program.tiers
-        self._tier_b = [tiers.place(slot)[0] for slot in range(program.slots)]
+        self._tier_b = [tiers.tier_of(slot) for slot in range(program.slots)]
 
     def settings(self, request: Request) -> SamplingConfig:
         """The request's own sampling settings, or those of all."""
