@@ -33,7 +33,7 @@ class Request:
 def bucket_of(length: int) -> int:
     """The padded length of a prompt: a power of two, or one and a half times one.
 
-    So a prefill pads by less than a half, and prompts up to 4,096 tokens compile 17 programs.
+    So a prefill pads by less than a half, and prompts up to 4,096 tokens fall into 17 buckets.
     """
     power = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
     between = power // 4 * 3
