@@ -128,7 +128,7 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
         sampling=ctx.config.rollout,
         end_ids=ctx.tokenizer("student").end_ids,
         seed=ctx.seed("train"),
-        text=ctx.tokenizer("student").decode,
+        text=ctx.tokenizer("student").decode if ctx.config.rollout.stop else None,
     )
     source = online_source(teacher, support, config)
     return Prepared(source, {"teacher": live.to_json(), "teacher_mismatch": mismatch})

@@ -91,7 +91,7 @@ class LiveTeacher:
     sampling: SamplingConfig
     end_ids: tuple[int, ...]
     seed: int
-    text: Text
+    text: Text | None
 
 
 def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
