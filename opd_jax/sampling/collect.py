@@ -12,7 +12,7 @@ from opd_jax.core.distributed import barrier
 from opd_jax.data.records import Record
 from opd_jax.data.store import Store
 from opd_jax.sampling.queue import Request
-from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
+from opd_jax.sampling.sampler import Plan, SamplingJob, generate
 from opd_jax.sampling.slots import Sample
 
 
@@ -29,6 +29,7 @@ def collect(
     job: SamplingJob,
     store: Store,
     requests: Sequence[Request],
+    plan: Plan,
     on_sample: Callable[[Sample], None],
     flush_seconds: float,
 ) -> None:
@@ -38,6 +39,7 @@ def collect(
     slots and shapes follow from all requests, not from those that are left.
 
     Args:
+        plan: of all `requests`.
         on_sample: called with each new sample, whichever process writes it.
         flush_seconds: finished records are committed this often.
     """
@@ -46,7 +48,6 @@ def collect(
     pending = [r for r in requests if (r.prompt_id, r.sample_index) not in done]
     rank, count = jax.process_index(), jax.process_count()
     owner = {(r.prompt_id, r.sample_index): i % count for i, r in enumerate(requests)}
-    plan = plan_for(job, requests) if requests else None
     flushed = time.monotonic()
     with store.writer(process_index=rank) as writer:
         for sample in generate(job, pending, plan):

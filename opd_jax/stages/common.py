@@ -75,15 +75,16 @@ def sample(ctx: RunContext, task: SampleTask, meta: Json) -> tuple[Store, Snapsh
     text = tokenizer.decode if task.sampling.stop else None
     job = SamplingJob(model, params, task.sampling, tokenizer.end_ids, ctx.seed(task.stream), text)
     unit = "sampled" if task.sampling.temperature else "greedy answers"
+    plan = plan_for(job, requests)
     if done < len(requests) and task.split != "eval":  # each checkpoint would say it
-        say(stage_line(task.stage, str(plan_for(job, requests))))
+        say(stage_line(task.stage, str(plan)))
     with StageProgress(task.stage, len(requests), unit, done) as progress:
         lengths = _Lengths()
 
         def on_sample(sample: Sample) -> None:
             progress.add(1, len(sample.token_ids), lengths.note(sample))
 
-        collect(job, store, requests, on_sample, ctx.config.flush_seconds)
+        collect(job, store, requests, plan, on_sample, ctx.config.flush_seconds)
     snapshot = store.freeze()
     _check_complete(snapshot, requests, task)
     return store, snapshot
