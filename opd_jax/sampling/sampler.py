@@ -3,8 +3,7 @@
     prefill   [p1 p2]            prompts, one program per bucket of prompt lengths
     start     s1 s2 s3           their samples, into free slots
     decode    s1 s2 s3 s4 ...    a loop on the device until enough slots are done to refill them
-    harvest   s2 s4              finished samples leave, their slots are free
-    move      s1 -> s7           a sample that outgrew its slot goes on in a longer one
+    harvest   s2 s4              finished samples leave, their slots and pages are free
 
 A sample depends on the parameters, its prompt, the seed, the prompt's id, the sample index and its
 sampling settings, and (but for ties within rounding) on nothing else.
@@ -67,14 +66,14 @@ class Plan:
 
     program: engine.Program
     cache: CachePlan
-    rows: int  # prompts of a prefill, samples of a start, moves of a move
+    rows: int  # prompts of a prefill, samples of a start
     longest: int  # limit of a response
     buckets: int  # padded prompt lengths
 
     @property
     def programs(self) -> int:
         """The most programs that are compiled: two for each bucket, and those of the slots."""
-        return 2 * self.buckets + 4
+        return 2 * self.buckets + 2
 
     def __str__(self) -> str:
         return f"{self.cache}; at most {self.programs} programs"
@@ -93,13 +92,14 @@ def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
     _check(arch, job, requests, settings)
     limits = [s.max_new_tokens for s in settings]
     prompts = [len(request.prompt_ids) for request in requests]
-    cache = plan_cache(job.model, job.sampling.slots, prompts, limits)
+    leasts = [s.min_new_tokens for s in settings]
+    cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits)
     check_memory(cache, job.model)
-    tiers = cache.tiers
-    rows = max(tiers.total // 8 // tiers.shards, 1) * tiers.shards  # few slots wait for a refill
+    pages = cache.pages
+    rows = max(pages.rows // 8 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))
-    program = engine.Program(job.model, tiers, uses_of(settings), ends, mesh, job.round_steps)
-    buckets = len(RequestQueue(requests, rows, tiers.shards).buckets)
+    program = engine.Program(job.model, pages, uses_of(settings), ends, mesh, job.round_steps)
+    buckets = len(RequestQueue(requests, rows, pages.shards).buckets)
     return Plan(program, cache, rows, max(limits), buckets)
 
 
@@ -136,12 +136,9 @@ def _run(
     state = engine.empty_state(program)
     feeder = _Feeder(job, plan, requests, params)
     while feeder.left or table.busy:
-        moves = table.moves(plan.rows)
-        if moves is not None:
-            state = engine.move(program, state, *(_put(mesh, x) for x in moves))
         state, firsts = feeder.fill(table, state)
-        wake, halt = _put(mesh, feeder.wake(table)), _put(mesh, table.halted())
-        state, seen = engine.decode_round(program, params, state, wake, halt)
+        told = (table.pages(), feeder.wake(table), table.halted())
+        state, seen = engine.decode_round(program, params, state, *_put_tree(mesh, told))
         firsts, seen = jax.device_get((firsts, seen))
         for slots, first in firsts:
             table.record_first(slots, first)
@@ -166,7 +163,7 @@ class _Feeder:
         self, job: SamplingJob, plan: Plan, requests: Sequence[Request], split: Params
     ) -> None:
         self._job, self._plan, self._split = job, plan, split
-        self._queue = RequestQueue(requests, plan.rows, plan.program.tiers.shards)
+        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards)
         self._prompts: engine.Prefilled | None = None
         self._waiting: list[tuple[int, Request]] = []  # (row of the prefilled prompts, request)
         self._root = _put(plan.program.mesh, root_key(job.seed))
@@ -196,7 +193,7 @@ class _Feeder:
             chosen = self._choose(table)
             if not chosen or self._prompts is None:
                 break
-            new = jax.tree.map(functools.partial(_put, mesh), table.start(chosen, self._plan.rows))
+            new = _put_tree(mesh, table.start(chosen, self._plan.rows))
             state, first = engine.start(program, self._split, state, self._prompts, new, self._root)
             firsts.append(([slot for _, slot, _ in chosen], first))
         return state, firsts
@@ -212,10 +209,9 @@ class _Feeder:
         chosen: list[tuple[int, int, Request]] = []
         while self._waiting and len(chosen) < self._plan.rows:
             row, request = self._waiting[0]
-            slot = table.place(request)
+            slot = table.seat(request)
             if slot is None:
                 break
-            table.seat(slot, request)
             chosen.append((row, slot, request))
             self._waiting.pop(0)
         return chosen
@@ -223,6 +219,10 @@ class _Feeder:
 
 def _put(mesh: Mesh | None, host: Any) -> Any:
     return jnp.asarray(host) if mesh is None else put_batch(mesh, host, sharded=False)
+
+
+def _put_tree(mesh: Mesh | None, tree: Any) -> Any:
+    return jax.tree.map(functools.partial(_put, mesh), tree)
 
 
 def _check(
