@@ -50,7 +50,15 @@ class Pages:
     @property
     def tokens(self) -> int:
         """Tokens for which there is room."""
-        return self.shards * sum(self.counts) * self.length
+        return sum(self.sizes) * self.length
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pages in the array of each level; a single one has an unused one beside it.
+
+        XLA drops an axis of size 1 from the products, and with it the way to write in place.
+        """
+        return tuple(max(self.shards * count, 2) for count in self.counts)
 
 
 class PageTable(NamedTuple):
@@ -73,7 +81,7 @@ def empty_cache(model: LanguageModel, pages: Pages) -> PagedCache:
     k, h = model.arch.num_kv_heads, model.arch.head_dim
 
     def arrays(*sizes: int) -> tuple[Layer, ...]:
-        shapes = [(pages.shards * count, k, *sizes) for count in pages.counts]
+        shapes = [(size, k, *sizes) for size in pages.sizes]
         zeros = [[jnp.zeros(x, model.compute_dtype) for x in shapes]] * model.arch.num_layers
         return tuple(tuple(layer) for layer in zeros)
 
@@ -162,10 +170,14 @@ def write_and_attend(
             q_rnh, k_rkh, v_rkh, place_r = (_pick(x, owner) for x in (*rows, lengths_b))
             mine_r = owner.reshape(-1) < pages.counts[0]
             place_r = jnp.where(mine_r, place_r - level * pages.length, -1)
+        if len(place_r) < pages.sizes[level]:
+            q_rnh, k_rkh, v_rkh = (jnp.concatenate([x, x]) for x in (q_rnh, k_rkh, v_rkh))
+            place_r = jnp.append(place_r, -1)
         keys.append(_write(old_keys, k_rkh, place_r, 3))
         values.append(_write(old_values, v_rkh, place_r, 2))
-        keys[-1], values[-1] = jax.lax.optimization_barrier((keys[-1], values[-1]))
-        part = attend_page(q_rnh, keys[-1], values[-1], place_r + 1)
+        mixed_rnh, *sums = attend_page(q_rnh, keys[-1], values[-1], place_r + 1)
+        used = pages.shards * pages.counts[level]
+        part = (mixed_rnh[:used], sums[0][:used], sums[1][:used])
         parts.append(part if level == 0 else _part_of_rows(pages, table, level, part))
     mixed_bnh = _sum_of_parts(parts) if len(parts) > 1 else _whole(parts[0])
     return mixed_bnh[:, None].astype(new[0].dtype), (tuple(keys), tuple(values))
@@ -218,14 +230,10 @@ def _write(cache: jax.Array, new_rkh: jax.Array, place_r: jax.Array, axis: int) 
     """Each page's new keys or values at its place along `axis`, in place; none outside the page.
 
     What is outside overwrites its nearest neighbour with itself: scatters that check bounds make
-    XLA copy the cache, and so does a scatter into one row.
+    XLA copy the cache.
     """
     inside_r = (place_r >= 0) & (place_r < cache.shape[axis])
     at_r = jnp.clip(place_r, 0, cache.shape[axis] - 1)
-    if len(place_r) == 1:
-        old = jax.lax.dynamic_slice_in_dim(cache, at_r[0], 1, axis)
-        new = jnp.where(inside_r[0], jnp.expand_dims(new_rkh, axis), old)
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, at_r[0], axis)
     rows_r = jnp.arange(len(place_r))
     target = cache.at[rows_r, :, :, at_r] if axis == 3 else cache.at[rows_r, :, at_r]
     new_rkh = jnp.where(inside_r[:, None, None], new_rkh, target.get(mode="promise_in_bounds"))

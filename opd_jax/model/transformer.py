@@ -302,7 +302,9 @@ def run_layer(
     """One decoder layer.
 
     Args:
-        layer: this layer's parameters; a sparse layer has a `router`.
+        layer: this layer's parameters; a sparse layer has a `router`. Instead of the weights of
+            queries, keys and values, and of gate and up, it may have them joined: `w_qkv`,
+            `w_gate_up`.
         rope: `rope_tables` of the tokens' positions.
         mix: from queries, keys and values of these tokens to the attention output, and to the keys
             and values to keep.
@@ -324,8 +326,11 @@ def run_layer(
         if "router" in layer:
             out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt)
             return x_btd + out, kept, router
-        gate = checkpoint_name(times(y, layer["w_gate"]), "gate")
-        up = checkpoint_name(times(y, layer["w_up"]), "up")
+        if "w_gate_up" in layer:
+            gate, up = jnp.split(times(y, layer["w_gate_up"]), 2, axis=-1)
+        else:
+            gate = checkpoint_name(times(y, layer["w_gate"]), "gate")
+            up = checkpoint_name(times(y, layer["w_up"]), "up")
         x_btd = x_btd + times(jax.nn.silu(gate) * up, layer["w_down"])
     return x_btd, kept, None
 
@@ -333,9 +338,11 @@ def run_layer(
 def _project(
     arch: Architecture, layer: Params, y_btd: jax.Array, times: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q = times(y_btd, layer["wq"])
-    k = times(y_btd, layer["wk"])
-    v = times(y_btd, layer["wv"])
+    if "w_qkv" in layer:
+        heads, more = arch.num_heads, arch.num_heads + arch.num_kv_heads
+        q, k, v = jnp.split(times(y_btd, layer["w_qkv"]), (heads, more), axis=2)
+    else:
+        q, k, v = (times(y_btd, layer[name]) for name in ("wq", "wk", "wv"))
     if arch.qkv_bias:
         q, k, v = (x + layer[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if arch.qk_norm:

@@ -40,7 +40,7 @@ class CachePlan:
     def __str__(self) -> str:
         pages = self.pages
         return (
-            f"{pages.rows:,} slots, {pages.tokens // pages.length:,} pages of {pages.length:,} "
+            f"{pages.rows:,} slots, {sum(pages.sizes):,} pages of {pages.length:,} "
             f"tokens x {self.token_bytes:,} bytes a token = {_size(self.total_bytes)} of keys and "
             f"values, {_size(self.total_bytes / pages.rows)} a slot"
         )
