@@ -12,6 +12,7 @@ sampling settings, and (but for ties within rounding) on nothing else.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ class SamplingJob:
         seed: equal (seed, prompt id, sample index) give equal samples.
         text: of token ids; needed for stop strings, and gives samples their text.
         round_steps: decode steps between two looks of the host.
+        split: `params` as `split_layers` gives them, where several runs share them; `None`: made
+            for this run.
     """
 
     model: LanguageModel
@@ -58,6 +61,7 @@ class SamplingJob:
     seed: int
     text: Text | None = None
     round_steps: int = ROUND_STEPS
+    split: Params | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,16 @@ def generate(
         DataError, ConfigError: as `plan_for` does, before anything runs.
         ModelError: non-finite logits; samples that were finished by then have been yielded.
     """
+    return itertools.chain.from_iterable(rounds(job, requests, plan, on_tokens))
+
+
+def rounds(
+    job: SamplingJob,
+    requests: Sequence[Request],
+    plan: Plan | None = None,
+    on_tokens: OnTokens | None = None,
+) -> Iterator[list[Sample]]:
+    """`generate` with a list, often an empty one, of what finished in every decode round."""
     if not requests:
         return iter(())
     return _run(job, plan or plan_for(job, requests), requests, on_tokens)
@@ -129,10 +143,10 @@ def generate(
 
 def _run(
     job: SamplingJob, plan: Plan, requests: Sequence[Request], on_tokens: OnTokens | None
-) -> Iterator[Sample]:
+) -> Iterator[list[Sample]]:
     program, mesh = plan.program, plan.program.mesh
     table = SlotTable(program, job.sampling, plan.longest, job.text)
-    params = split_layers(program.model, job.params)
+    params = split_layers(program.model, job.params) if job.split is None else job.split
     state = engine.empty_state(program)
     feeder = _Feeder(job, plan, requests, params)
     while feeder.left or table.busy:
@@ -145,7 +159,7 @@ def _run(
         table.record_round(seen)
         if on_tokens is not None:
             _tell(table, program.slots, on_tokens)
-        yield from table.harvest(seen)
+        yield table.harvest(seen)
         table.refuse_broken(seen)
 
 
