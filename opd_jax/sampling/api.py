@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,19 +20,28 @@ from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.decode import split_layers
 from opd_jax.model.load import read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.sampling.queue import Request, bucket_of
+from opd_jax.sampling.queue import Request, bucket_of, coarse_bucket_of
 from opd_jax.sampling.sampler import ROUND_STEPS, Plan, SamplingJob, generate, plan_for, rounds
 from opd_jax.sampling.slots import Sample
 from opd_jax.sampling.text_stream import TextStream, with_shown_text
-
-STREAM_STEPS = 4  # decode steps between two pieces of text
-STREAM_LENGTH = 1024  # least room of a stream: a chat that grows is compiled anew only beyond it
 
 Messages = Sequence[Mapping[str, str]]
 PromptLike = str | Sequence[int] | np.ndarray | Messages
 """A text, its token ids, or a chat: `[{"role": "user", "content": "Hello"}]`."""
 
 _PART = (int, np.integer, Mapping)  # what a list that is one prompt holds
+
+
+class _Shapes(NamedTuple):
+    """How lengths are rounded up, so that calls of about the same lengths share programs."""
+
+    round_steps: int
+    bucket: Callable[[int], int]
+    least_length: int = 0  # of prompt and response together
+
+
+_BATCH = _Shapes(ROUND_STEPS, bucket_of)
+_STREAM = _Shapes(round_steps=4, bucket=coarse_bucket_of, least_length=1024)
 
 
 class Settings(TypedDict, total=False):
@@ -124,7 +133,7 @@ class Sampler:
             )
         encoded = [self._encode(*pair) for pair in zip(given, names, strict=True)]
         wanted = [Request(x, j, e) for x, e in zip(names, encoded, strict=True) for j in range(n)]
-        job, plan = self._prepare(wanted, settings, seed, ROUND_STEPS, 0)
+        job, plan = self._prepare(wanted, settings, seed, _BATCH)
         found = {_key(sample.request): sample for sample in generate(job, wanted, plan)}
         stops = job.sampling.stop
         return [with_shown_text(found[_key(r)], stops, self.tokenizer.decode) for r in wanted]
@@ -145,7 +154,7 @@ class Sampler:
         """
         request = Request(prompt_id, sample_index, self._encode(prompt, prompt_id))
         settings = {**settings, "slots": 1}
-        job, plan = self._prepare([request], settings, seed, STREAM_STEPS, STREAM_LENGTH)
+        job, plan = self._prepare([request], settings, seed, _STREAM)
         begin = functools.partial(rounds, job, [request], plan)
         return TextStream(begin, self.tokenizer.decode, job.sampling.stop)
 
@@ -158,16 +167,22 @@ class Sampler:
         requests: Sequence[Request],
         settings: Settings,
         seed: int,
-        round_steps: int,
-        least_length: int,
+        shapes: _Shapes,
     ) -> tuple[SamplingJob, Plan]:
-        """The job, and shapes that requests of about the same lengths share."""
         longest = max((len(r.prompt_ids) for r in requests), default=0)
         positions = self.model.arch.max_position
         sampling = _checked(settings, positions - longest)
-        decode, end_ids = self.tokenizer.decode, self.tokenizer.end_ids
-        job = SamplingJob(self.model, self.params, sampling, end_ids, seed, decode, round_steps)
-        length = bucket_of(max(longest + sampling.max_new_tokens, least_length))
+        job = SamplingJob(
+            self.model,
+            self.params,
+            sampling,
+            self.tokenizer.end_ids,
+            seed,
+            self.tokenizer.decode,
+            shapes.round_steps,
+            bucket=shapes.bucket,
+        )
+        length = shapes.bucket(max(longest + sampling.max_new_tokens, shapes.least_length))
         room = min(length, positions) - sampling.max_new_tokens
         plan = plan_for(job, [_widened(r, longest, room) for r in requests])
         return dataclasses.replace(job, split=self._split), plan
@@ -176,7 +191,8 @@ class Sampler:
         """int32 token ids of a prompt."""
         if isinstance(prompt, str):
             return np.array(self.tokenizer.encode(prompt), np.int32)
-        parts: list[Any] = list(prompt)
+        given: Any = prompt
+        parts: list[Any] = list(given) if isinstance(given, Iterable) else [""]
         if parts and all(map(_is_message, parts)):
             return np.array(self.tokenizer.encode_chat(parts), np.int32)
         if all(isinstance(part, int | np.integer) for part in parts):

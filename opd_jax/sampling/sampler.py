@@ -31,7 +31,7 @@ from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling import engine
 from opd_jax.sampling.keys import root_key
 from opd_jax.sampling.plan import CachePlan, check_memory, plan_cache
-from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue
+from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue, bucket_of
 from opd_jax.sampling.slots import Sample, SlotTable
 from opd_jax.sampling.stops import Text
 from opd_jax.sampling.transforms import uses_of
@@ -52,6 +52,7 @@ class SamplingJob:
         round_steps: decode steps between two looks of the host.
         split: `params` as `split_layers` gives them, where several runs share them; `None`: made
             for this run.
+        bucket: the padded length of a prompt.
     """
 
     model: LanguageModel
@@ -62,6 +63,7 @@ class SamplingJob:
     text: Text | None = None
     round_steps: int = ROUND_STEPS
     split: Params | None = None
+    bucket: Callable[[int], int] = bucket_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
     rows = max(pages.rows // 8 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))
     program = engine.Program(job.model, pages, uses_of(settings), ends, mesh, job.round_steps)
-    buckets = len(RequestQueue(requests, rows, pages.shards).buckets)
+    buckets = len(RequestQueue(requests, rows, pages.shards, job.bucket).buckets)
     return Plan(program, cache, rows, max(limits), buckets)
 
 
@@ -177,7 +179,7 @@ class _Feeder:
         self, job: SamplingJob, plan: Plan, requests: Sequence[Request], split: Params
     ) -> None:
         self._job, self._plan, self._split = job, plan, split
-        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards)
+        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards, job.bucket)
         self._prompts: engine.Prefilled | None = None
         self._waiting: list[tuple[int, Request]] = []  # (row of the prefilled prompts, request)
         self._root = _put(plan.program.mesh, root_key(job.seed))
