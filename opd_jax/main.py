@@ -99,12 +99,12 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             raise ConfigError("--checkpoint is for --chat and --prompt; give one of them")
         return
     one = "--chat" if arguments.chat else "--prompt"
-    others = ("prompt",) if arguments.chat else ()
-    others += ("stages", "force", "plan", "coordinator", "processes", "rank")
-    for name in others:
+    for name in ("coordinator", "processes", "rank"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"{one} runs in one process; leave out --{name}")
+    for name in ("stages", "force", "plan", *(("prompt",) if arguments.chat else ())):
         if getattr(arguments, name) not in (None, [], False):
-            why = "; it runs in one process" if name in ("coordinator", "processes", "rank") else ""
-            raise ConfigError(f"{one} and --{name} do not go together{why}; leave one of them out")
+            raise ConfigError(f"{one} and --{name} do not go together; leave one of them out")
 
 
 def _leave_others() -> None:

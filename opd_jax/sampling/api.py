@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
@@ -69,7 +69,7 @@ class Sampler:
     """
 
     model: LanguageModel
-    params: Params
+    params: Params = field(repr=False)
     tokenizer: Tokenizer
 
     @classmethod

@@ -49,7 +49,7 @@ def run(config: Config, name: str | None, prompt: str | None) -> None:
     block = "answer" if name == "teacher" else "rollout"
     _tell(
         f"{name}, temperature {sampling.temperature:g} ({block}.temperature=... changes it); "
-        "Ctrl-C stops an answer, /reset starts afresh, /exit leaves"
+        "Ctrl-C stops an answer, /reset forgets the conversation, /exit leaves"
     )
     _converse(chat)
 
@@ -79,7 +79,7 @@ def checkpoint_name(ctx: RunContext, name: str | None) -> str:
     if name in stages and ctx.records.done(stages[name]) is None:
         raise StageError(
             f"--checkpoint {name}: stage '{stages[name]}' is not complete in run_dir "
-            f"'{ctx.run_dir}'; run it and the stages before it first"
+            f"'{ctx.run_dir}'; run it first (the same command without --chat and --prompt)"
         )
     return name
 
