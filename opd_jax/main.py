@@ -99,6 +99,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
             raise ConfigError("--checkpoint is for --chat and --prompt; give one of them")
         return
     one = "--chat" if arguments.chat else "--prompt"
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ConfigError("--prompt is empty; give it a text")
     for name in ("coordinator", "processes", "rank"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"{one} runs in one process; leave out --{name}")

@@ -186,12 +186,11 @@ def test_pieces_make_up_the_text_without_its_stop_string(text, noise, stops, lea
 def test_a_growing_chat_compiles_few_programs(sampler):
     programs = (engine.prefill, engine.start, engine.decode_round, engine.empty_state)
     before = [program._cache_size() for program in programs]
-    for tokens in range(100, 1900, 100):
+    for tokens in (90, 100, 128, 200, 250, 700, 800, 1000, 1100, 1500, 1900):
         "".join(sampler.stream([5] * tokens, max_new_tokens=5))
     new = [program._cache_size() - b for program, b in zip(programs, before, strict=True)]
-    assert new[0] <= 6
-    assert new[1] <= 6
-    assert new[2:] <= [2, 2]
+    # Prompts of 128, 256, 1024 and 2048 tokens, and room for 1024 and 2048.
+    assert new == [4, 4, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,6 @@ def test_a_mesh_and_other_parameters(sampler, folder):
     wanted = sampler.sample([CHAT, "hello"], max_new_tokens=6)
     found = spread.sample([CHAT, "hello"], max_new_tokens=6)
     assert [s.token_ids.tolist() for s in found] == [s.token_ids.tolist() for s in wanted]
-    assert "".join(spread.stream(CHAT, max_new_tokens=6)) == wanted[0].text
     louder = {**sampler.params, "final_norm": sampler.params["final_norm"] * 9}
     other = dataclasses.replace(sampler, params=louder)
     (sharp,), (flat,) = (
