@@ -64,8 +64,8 @@ class Settings(TypedDict, total=False):
 class Sampler:
     """A model with its parameters and tokenizer.
 
-    A text is encoded as it stands; a chat by the model's chat template. For what a template is
-    asked beyond the messages, hand in the ids of `tokenizer.encode_chat`.
+    A text is read as the beginning of a document, a chat through the model's chat template. For
+    what a template is asked beyond the messages, hand in the ids of `tokenizer.encode_chat`.
     """
 
     model: LanguageModel
@@ -93,7 +93,7 @@ class Sampler:
         """
         compute = resolve_dtype(compute_dtype)
         model, params = read_model(path, param_dtype or compute, compute, mesh=mesh)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, chats=False)
         tokenizer.check_vocabulary(model.arch.vocab_size, path)
         return cls(model, params, tokenizer)
 
@@ -190,7 +190,7 @@ class Sampler:
     def _encode(self, prompt: PromptLike, name: str) -> np.ndarray:
         """int32 token ids of a prompt."""
         if isinstance(prompt, str):
-            return np.array(self.tokenizer.encode(prompt), np.int32)
+            return np.array(self.tokenizer.encode_opening(prompt), np.int32)
         given: Any = prompt
         parts: list[Any] = list(given) if isinstance(given, Iterable) else [""]
         if parts and all(map(_is_message, parts)):
