@@ -156,7 +156,8 @@ def test_an_unfinished_character_is_held_back():
 
 def test_what_may_become_a_stop_string_is_held_back():
     tokens = TOKENIZER.encode("a STOP, STORY STOP").ids
-    assert "".join(scripted(tokens, ("STOP",), 0, range(99))) == "a "
+    for stops in (("STOP",), ("OP", "STOP"), ("STOP", "OP")):
+        assert "".join(scripted(tokens, stops, 0, range(99))) == "a "
     pieces = list(scripted(tokens, ("STORE", "STOP"), 8, range(99)))
     assert "".join(pieces) in ("a ", "a STOP, STORY ")
     assert not any(piece.endswith("S") for piece in pieces)
