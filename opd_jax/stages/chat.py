@@ -39,7 +39,7 @@ def run(config: Config, name: str | None, prompt: str | None) -> None:
     run_dir = Path(config.run_dir)
     ctx = RunContext(config, run_dir, make_mesh(config.mesh), StageRecords(run_dir))
     name = checkpoint_name(ctx, name)
-    _tell(f"loading {name} ...")
+    _tell(f"loading {name}; the first answer also waits for the compiler")
     model, params = ctx.checkpoint_model(name)
     sampling = config.answer if name == "teacher" else config.rollout
     chat = Chat(ctx, Sampler(model, params, ctx.tokenizer("student")), sampling)
