@@ -12,6 +12,7 @@ sampling settings, and (but for ties within rounding) on nothing else.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling import engine
 from opd_jax.sampling.keys import root_key
 from opd_jax.sampling.plan import CachePlan, check_memory, plan_cache
-from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue
+from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue, bucket_of
 from opd_jax.sampling.slots import Sample, SlotTable
 from opd_jax.sampling.stops import Text
 from opd_jax.sampling.transforms import uses_of
@@ -49,6 +50,9 @@ class SamplingJob:
         seed: equal (seed, prompt id, sample index) give equal samples.
         text: of token ids; needed for stop strings, and gives samples their text.
         round_steps: decode steps between two looks of the host.
+        split: `params` as `split_layers` gives them, where several runs share them; `None`: made
+            for this run.
+        bucket: the padded length of a prompt.
     """
 
     model: LanguageModel
@@ -58,6 +62,8 @@ class SamplingJob:
     seed: int
     text: Text | None = None
     round_steps: int = ROUND_STEPS
+    split: Params | None = None
+    bucket: Callable[[int], int] = bucket_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
     rows = max(pages.rows // 8 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))
     program = engine.Program(job.model, pages, uses_of(settings), ends, mesh, job.round_steps)
-    buckets = len(RequestQueue(requests, rows, pages.shards).buckets)
+    buckets = len(RequestQueue(requests, rows, pages.shards, job.bucket).buckets)
     return Plan(program, cache, rows, max(limits), buckets)
 
 
@@ -122,6 +128,16 @@ def generate(
         DataError, ConfigError: as `plan_for` does, before anything runs.
         ModelError: non-finite logits; samples that were finished by then have been yielded.
     """
+    return itertools.chain.from_iterable(rounds(job, requests, plan, on_tokens))
+
+
+def rounds(
+    job: SamplingJob,
+    requests: Sequence[Request],
+    plan: Plan | None = None,
+    on_tokens: OnTokens | None = None,
+) -> Iterator[list[Sample]]:
+    """`generate` with a list, often an empty one, of what finished in every decode round."""
     if not requests:
         return iter(())
     return _run(job, plan or plan_for(job, requests), requests, on_tokens)
@@ -129,10 +145,10 @@ def generate(
 
 def _run(
     job: SamplingJob, plan: Plan, requests: Sequence[Request], on_tokens: OnTokens | None
-) -> Iterator[Sample]:
+) -> Iterator[list[Sample]]:
     program, mesh = plan.program, plan.program.mesh
     table = SlotTable(program, job.sampling, plan.longest, job.text)
-    params = split_layers(program.model, job.params)
+    params = split_layers(program.model, job.params) if job.split is None else job.split
     state = engine.empty_state(program)
     feeder = _Feeder(job, plan, requests, params)
     while feeder.left or table.busy:
@@ -145,7 +161,7 @@ def _run(
         table.record_round(seen)
         if on_tokens is not None:
             _tell(table, program.slots, on_tokens)
-        yield from table.harvest(seen)
+        yield table.harvest(seen)
         table.refuse_broken(seen)
 
 
@@ -163,7 +179,7 @@ class _Feeder:
         self, job: SamplingJob, plan: Plan, requests: Sequence[Request], split: Params
     ) -> None:
         self._job, self._plan, self._split = job, plan, split
-        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards)
+        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards, job.bucket)
         self._prompts: engine.Prefilled | None = None
         self._waiting: list[tuple[int, Request]] = []  # (row of the prefilled prompts, request)
         self._root = _put(plan.program.mesh, root_key(job.seed))
