@@ -298,6 +298,7 @@ def run_layer(
     mix: Callable[[jax.Array, jax.Array, jax.Array], Mixed],
     counted_bt: jax.Array | None = None,
     times: Callable[..., jax.Array] = linear,
+    spread: tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, Any, RouterSums | None]:
     """One decoder layer.
 
@@ -308,6 +309,7 @@ def run_layer(
             and values to keep.
         counted_bt: bool, tokens that the router's sums count. `None`: all.
         times: the product with dense weights, called as `linear` is.
+        spread: as `moe_mlp` takes it.
 
     Returns:
         the new hidden states, what `mix` kept, and a sparse layer's router sums.
@@ -322,7 +324,7 @@ def run_layer(
     with jax.named_scope("mlp"):
         y = rms_norm(x_btd, layer["mlp_norm"], arch.norm_eps)
         if "router" in layer:
-            out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt)
+            out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt, spread)
             return x_btd + out, kept, router
         gate = checkpoint_name(times(y, layer["w_gate"]), "gate")
         up = checkpoint_name(times(y, layer["w_up"]), "up")
