@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import ROOT, arguments
 
+from opd_jax.data.store import open_store
+
 LIMIT_SECONDS = 400
 
 
@@ -43,14 +45,33 @@ def assert_same_losses(one, other):
         assert got[key] == pytest.approx(loss, rel=1e-5, abs=1e-5), key
 
 
+def assert_same_samples(one, other):
+    """Answers and rollouts, token for token; each run trained the rollouts' student itself."""
+    for folder in ("answers", "rollouts"):
+        want, got = (samples(run_dir / folder) for run_dir in (one, other))
+        assert want.keys() == got.keys()
+        for key, record in want.items():
+            assert got[key].response_ids.tolist() == record.response_ids.tolist(), (folder, key)
+            np.testing.assert_allclose(
+                got[key].student_logprob, record.student_logprob, atol=1e-4, err_msg=str(key)
+            )
+
+
+def samples(folder):
+    snapshot = open_store(folder).freeze()
+    records = snapshot.read_many(range(len(snapshot)))
+    return {(r.prompt_id, r.sample_index): r for r in records}
+
+
 @pytest.mark.slow
 def test_four_devices_equal_one(tmp_path):
     one, four = tmp_path / "one", tmp_path / "four"
-    for run_dir, devices in ((one, 1), (four, 4)):
-        process = start(run_dir, devices)
+    for run_dir, devices, mesh in ((one, 1, ()), (four, 4, ("mesh.fsdp=2", "mesh.tensor=2"))):
+        process = start(run_dir, devices, *mesh)
         output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
         assert process.returncode == 0, output
     assert_same_losses(one, four)
+    assert_same_samples(one, four)
 
 
 @pytest.mark.slow
@@ -70,6 +91,7 @@ def test_two_processes_equal_one(tmp_path):
     ]
     assert counts[0] == counts[1]  # the same samples, so the same number of tokens
     assert_same_losses(one, two)
+    assert_same_samples(one, two)
     for name in ("opd", "opd_topk"):
         want = load_file(one / "export" / name / "model.safetensors")
         got = load_file(two / "export" / name / "model.safetensors")
