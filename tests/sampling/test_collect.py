@@ -1,5 +1,7 @@
 """What of a run that breaks stays in the store."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -20,17 +22,22 @@ def poisoned(model):
 
 
 def test_a_broken_checkpoint_stops_the_run_and_keeps_what_was_finished(tmp_path):
+    """Four samples finish before the sick one starts, three in the round in which it breaks."""
     model = tiny_model("qwen2")  # untied: the poisoned embedding does not reach the head
-    prompts = [("fine", [1] * 17), ("sick", [1, SICK, 2])]  # the longest bucket comes first
-    requests = requests_for(prompts, samples=8)
-    sampling, told = SamplingConfig(max_new_tokens=6, min_new_tokens=6, slots=4, top_k=2), []
+    long, short = (SamplingConfig(max_new_tokens=n, min_new_tokens=n, top_k=2) for n in (6, 1))
+    fine = requests_for([("fine", [1] * 17)], samples=7)  # the longest bucket comes first
+    requests = [
+        *(dataclasses.replace(r, sampling=long if r.sample_index < 4 else short) for r in fine),
+        *requests_for([("sick", [1, SICK, 2])], samples=5),
+    ]
+    sampling, told = SamplingConfig(max_new_tokens=6, slots=4), []
     job = SamplingJob(model, poisoned(model), sampling, (3, 5), 7)
     store = create_store(tmp_path, {})
-    with pytest.raises(ModelError, match=r"prompt 'sick', sample 0: .* position 0 .*") as caught:
+    with pytest.raises(ModelError, match="prompt 'sick', sample 0: .* position 0 ") as caught:
         collect(job, store, requests, plan_for(job, requests), told.append, flush_seconds=1e9)
     assert "\n" not in str(caught.value)
-    finished = {("fine", i) for i in range(8)}
+    finished = {("fine", i) for i in range(7)}
     assert {(s.request.prompt_id, s.request.sample_index) for s in told} == finished
     assert store.committed_keys() == finished
-    snapshot = store.freeze()
-    assert all(len(r.response_ids) == 6 for r in snapshot.read_many(range(len(snapshot))))
+    records = store.freeze().read_many(range(7))
+    assert sorted(len(r.response_ids) for r in records) == [1, 1, 1, 6, 6, 6, 6]

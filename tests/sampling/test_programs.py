@@ -49,13 +49,13 @@ def test_a_ragged_run_compiles_no_more_programs_than_its_plan_says():
     model = tiny_model(max_position=256, ffn_dim=20)
     params = random_params(model)
     requests = ragged(60, prompts=32, limits=(1, 70))
-    job = SamplingJob(model, params, SamplingConfig(slots=8), (), 7)
-    plan = with_tiers(plan_for(job, requests), Tiers((4, 4), (64, 128)))
+    job = SamplingJob(model, params, SamplingConfig(slots=32), (), 7)
+    plan = with_tiers(plan_for(job, requests), Tiers((16, 16), (64, 128)))
     root_key(7)  # what every process compiles once
     with counted() as programs:
         assert len(list(generate(job, requests, plan))) == len(requests)
         assert len(list(generate(job, requests[::3], plan))) == 20
-    assert plan.buckets == 3
+    assert (plan.buckets, plan.rows) == (3, 4)
     assert len(programs) <= plan.programs, programs
     assert programs.count("jit(prefill)") == programs.count("jit(start)") == plan.buckets
     assert programs.count("jit(decode_round)") == 1
