@@ -33,7 +33,7 @@ def test_a_broken_checkpoint_stops_the_run_and_keeps_what_was_finished(tmp_path)
     sampling, told = SamplingConfig(max_new_tokens=6, slots=4), []
     job = SamplingJob(model, poisoned(model), sampling, (3, 5), 7)
     store = create_store(tmp_path, {})
-    with pytest.raises(ModelError, match="prompt 'sick', sample 0: .* position 0 ") as caught:
+    with pytest.raises(ModelError, match=r"prompt 'sick', sample 0: .* position 0 ") as caught:
         collect(job, store, requests, plan_for(job, requests), told.append, flush_seconds=1e9)
     assert "\n" not in str(caught.value)
     finished = {("fine", i) for i in range(7)}
