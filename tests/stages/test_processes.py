@@ -46,15 +46,15 @@ def assert_same_losses(one, other):
 
 
 def assert_same_samples(one, other):
-    """Answers and rollouts, token for token; each run trained the rollouts' student itself."""
+    """Token for token; log-probs of the answers alone: each run trained its own student."""
     for folder in ("answers", "rollouts"):
         want, got = (samples(run_dir / folder) for run_dir in (one, other))
         assert want.keys() == got.keys()
         for key, record in want.items():
             assert got[key].response_ids.tolist() == record.response_ids.tolist(), (folder, key)
-            np.testing.assert_allclose(
-                got[key].student_logprob, record.student_logprob, atol=1e-4, err_msg=str(key)
-            )
+            if folder == "answers":
+                error = np.abs(got[key].student_logprob - record.student_logprob)
+                assert error.max() < 1e-4, key
 
 
 def samples(folder):
