@@ -13,18 +13,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from opd_jax.core.mesh import RULES, platform_of
+from opd_jax.core.mesh import platform_of
 from opd_jax.model.cache import Layer, PagedCache, Pages, PageTable, write_and_attend
+from opd_jax.model.norm import rms_norm
 from opd_jax.model.rope import rope_tables
+from opd_jax.model.spread import hidden_cuts, spread_experts, spread_rows, spread_weight
 from opd_jax.model.transformer import (
     LanguageModel,
     Mixed,
     Params,
     cast,
     layer_runs,
-    rms_norm,
     run_layer,
 )
 
@@ -36,26 +37,27 @@ def split_layers(model: LanguageModel, params: Params) -> Params:
     """Parameters as `decode` wants them: in the compute dtype, `layers` a tuple, one per layer.
 
     Weights are [outputs, inputs], as the output head is: products with few rows read them faster.
-    On a mesh the outputs are spread over `fsdp` too, so that a step reads every weight once and
-    sends activations, not weights. This is a copy: it costs one more set of weights in memory while
-    a sampler runs.
+    On a mesh they lie as `model.spread` says. This is a copy: it costs one more set of weights in
+    memory while a sampler runs.
     """
     params = cast(params, model.compute_dtype)
 
     def leaf(name: str, x: jax.Array) -> jax.Array:
-        if name not in _CONTRACTED or (x.ndim == 3 and name.startswith("w_")):
+        if x.ndim == 3 and name.startswith("w_"):
+            return spread_experts(model.mesh, name, x)
+        if name not in _CONTRACTED:
             return x
         ins = _CONTRACTED[name]
         order = (*range(ins, x.ndim), *range(ins))
-        return _spread(model.mesh, name, jnp.transpose(x, order))
+        return spread_weight(model.mesh, name, jnp.transpose(x, order))
 
     layers = tuple(
         _joined(model.mesh, {name: leaf(name, x[i]) for name, x in run.items()})
         for run in layer_runs(model.arch, params)
         for i in range(len(run["attn_norm"]))
     )
-    whole = {name: params[name] for name in ("embed", "final_norm", "head") if name in params}
-    return {**whole, "layers": layers}
+    tables = {n: spread_weight(model.mesh, n, params[n]) for n in ("embed", "head") if n in params}
+    return {**tables, "final_norm": params["final_norm"], "layers": layers}
 
 
 def _joined(mesh: Mesh | None, layer: Params) -> Params:
@@ -71,20 +73,6 @@ def _joined(mesh: Mesh | None, layer: Params) -> Params:
 
 _CONTRACTED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
 """Leading axes of a layer's weights that are inputs."""
-
-
-def _spread(mesh: Mesh | None, name: str, weight: jax.Array) -> jax.Array:
-    """Heads or hidden units over `tensor` and, where they divide, over `fsdp`."""
-    if mesh is None or mesh.size == 1:
-        return weight
-    axis = weight.ndim - 2 if name == "wo" else 1 if name == "w_down" else 0
-    names = ("tensor", "fsdp") if weight.shape[axis] % _ways(mesh) == 0 else ("tensor",)
-    spec = [None] * axis + [names]
-    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def _ways(mesh: Mesh) -> int:
-    return mesh.shape["tensor"] * mesh.shape["fsdp"]
 
 
 def product(mesh: Mesh | None, x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
@@ -104,6 +92,18 @@ def product(mesh: Mesh | None, x: jax.Array, weight: jax.Array, contracted: int 
 
 def _dot(x: jax.Array, y: jax.Array, numbers: jax.lax.DotDimensionNumbers) -> jax.Array:
     return jax.lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
+
+
+def logits(model: LanguageModel, params: Params, hidden_bd: jax.Array) -> jax.Array:
+    """float32 [b, v].
+
+    Args:
+        params: of `split_layers`.
+    """
+    head_vd = params["embed"] if model.arch.tie_embeddings else params["head"]
+    return spread_rows(
+        model.mesh, product(model.mesh, spread_rows(model.mesh, hidden_bd), head_vd), 1
+    )
 
 
 def decode(
@@ -132,6 +132,7 @@ def decode(
     def times(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
         return product(model.mesh, x, weight, contracted).astype(x.dtype)
 
+    spread = None if model.mesh is None else hidden_cuts(model.mesh, arch.expert_ffn_dim)
     kept: list[tuple[Layer, Layer]] = []
     for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
 
@@ -141,19 +142,13 @@ def decode(
             v_btkh: jax.Array,
             old: tuple[Layer, Layer] = (keys, values),
         ) -> Mixed:
-            return write_and_attend(pages, table, old, lengths_b, (q_btnh, k_btkh, v_btkh))
+            new = (q_btnh, k_btkh, v_btkh)
+            mixed, written = write_and_attend(pages, table, old, lengths_b, new)
+            return spread_rows(model.mesh, mixed, 2), written
 
-        x_btd = _everywhere(model.mesh, x_btd)
-        x_btd, written, _ = run_layer(model, layer, x_btd, rope, mix, times=times)
+        x_btd = spread_rows(model.mesh, x_btd)
+        x_btd, written, _ = run_layer(model, layer, x_btd, rope, mix, times=times, spread=spread)
         kept.append(written)
     hidden_btd = rms_norm(x_btd, params["final_norm"], arch.norm_eps)
     all_keys, all_values = zip(*kept, strict=True)
     return hidden_btd[:, 0], PagedCache(all_keys, all_values, lengths_b + 1)
-
-
-def _everywhere(mesh: Mesh | None, x_btd: jax.Array) -> jax.Array:
-    """Activations whole along the axes that cut the weights."""
-    if mesh is None or mesh.size == 1:
-        return x_btd
-    batch = tuple(axis for axis in RULES["batch"] or () if axis != "fsdp")
-    return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, PartitionSpec(batch)))

@@ -12,6 +12,7 @@ none, and a device's work follows the pairs that chose it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,12 +62,15 @@ def moe_mlp(
     x_btd: jax.Array,
     mesh: Mesh | None,
     counted_bt: jax.Array | None,
+    spread: tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, RouterSums]:
     """The experts' weighted outputs, and this layer's `RouterSums` (without the axis `l`).
 
     Args:
         layer: `router` [d, e], `w_gate` and `w_up` [e, d, f], `w_down` [e, f, d].
         counted_bt: bool, tokens that the sums count; `None`: all.
+        spread: mesh axes that cut the hidden units of an expert; rows are then cut over `data`
+            alone. `None`: everything lies as in training.
 
     Raises:
         ConfigError: the mesh does not divide the rows.
@@ -78,7 +82,8 @@ def moe_mlp(
         product = product_on(platform_of(mesh), routing.expert_bts.size, arch.num_experts)
         out_btd = _experts(product, pairs, Weights(*weights), first=0)
     else:
-        out_btd = _experts_on_mesh(mesh, pairs, weights)
+        on_mesh = _experts_on_mesh if spread is None else functools.partial(_spread_experts, spread)
+        out_btd = on_mesh(mesh, pairs, weights)
     return out_btd.astype(x_btd.dtype), router_sums(routing, counted_bt)
 
 
@@ -103,6 +108,25 @@ def _experts_on_mesh(
     return jax.shard_map(body, mesh=mesh, in_specs=(*rows, *held), out_specs=rows[0])(
         *pairs, *weights
     )
+
+
+def _spread_experts(
+    cuts: tuple[str, ...], mesh: Mesh, pairs: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]
+) -> jax.Array:
+    """Few rows, that every device of an `expert` group has already: no weight is sent."""
+    experts = weights[0].shape[0]
+
+    def body(*local: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index("expert") * local[3].shape[0]
+        product = product_on(platform_of(mesh), local[2].size, experts)
+        out_btd = _experts(product, local[:3], Weights(*local[3:]), first)
+        return jax.lax.psum(out_btd, (*cuts, "expert"))
+
+    rows = PartitionSpec("data")
+    into, out_of = PartitionSpec("expert", None, cuts), PartitionSpec("expert", cuts)
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=(rows, rows, rows, into, into, out_of), out_specs=rows
+    )(*pairs, *weights)
 
 
 def _experts(

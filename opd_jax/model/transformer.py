@@ -28,6 +28,7 @@ from opd_jax.model.attention_choice import attend_rows
 from opd_jax.model.embedding import embed
 from opd_jax.model.linear import linear
 from opd_jax.model.moe import RouterSums, moe_mlp
+from opd_jax.model.norm import rms_norm
 from opd_jax.model.rope import RopeTables, rope_tables, rotate
 
 Params = dict[str, Any]
@@ -282,14 +283,6 @@ def _remat(body: Any, policy: str) -> Any:
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; result in the dtype of `x`."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    shape = (1,) * (x.ndim - 1) + scale.shape
-    return normed.astype(x.dtype) * scale.reshape(shape)
-
-
 def run_layer(
     model: LanguageModel,
     layer: Params,
@@ -298,6 +291,7 @@ def run_layer(
     mix: Callable[[jax.Array, jax.Array, jax.Array], Mixed],
     counted_bt: jax.Array | None = None,
     times: Callable[..., jax.Array] = linear,
+    spread: tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, Any, RouterSums | None]:
     """One decoder layer.
 
@@ -310,6 +304,7 @@ def run_layer(
             and values to keep.
         counted_bt: bool, tokens that the router's sums count. `None`: all.
         times: the product with dense weights, called as `linear` is.
+        spread: as `moe_mlp` takes it.
 
     Returns:
         the new hidden states, what `mix` kept, and a sparse layer's router sums.
@@ -324,7 +319,7 @@ def run_layer(
     with jax.named_scope("mlp"):
         y = rms_norm(x_btd, layer["mlp_norm"], arch.norm_eps)
         if "router" in layer:
-            out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt)
+            out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt, spread)
             return x_btd + out, kept, router
         if "w_gate_up" in layer:
             gate, up = jnp.split(times(y, layer["w_gate_up"]), 2, axis=-1)

@@ -24,7 +24,7 @@ from opd_jax.model.cache import (
     insert_rows,
     room,
 )
-from opd_jax.model.decode import decode, product
+from opd_jax.model.decode import decode, logits
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling.keys import sample_keys, token_keys
 from opd_jax.sampling.transforms import Transform, Uses, bend, draw
@@ -281,8 +281,7 @@ def _advance(program: Program, slots: Slots, drawn: Drawn) -> Slots:
 
 def _draw(program: Program, params: Params, hidden_bd: jax.Array, slots: Slots) -> Drawn:
     uses = program.uses
-    head_vd = params["embed"] if program.model.arch.tie_embeddings else params["head"]
-    logits_bv = product(program.mesh, hidden_bd, head_vd)
+    logits_bv = logits(program.model, params, hidden_bd)
     bent_bv = bend(_without_end(program, logits_bv, slots), slots.transform, uses)
     keys_b = token_keys(slots.base_b, slots.count_b)
     token_b = draw(keys_b, bent_bv, slots.transform.temperature_b == 0, uses)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -234,7 +233,8 @@ class _Feeder:
 
 
 def _put(mesh: Mesh | None, host: Any) -> Any:
-    return jnp.asarray(host) if mesh is None else put_batch(mesh, host, sharded=False)
+    # Not asarray: it compiles a program for every shape.
+    return jax.device_put(host) if mesh is None else put_batch(mesh, host, sharded=False)
 
 
 def _put_tree(mesh: Mesh | None, tree: Any) -> Any:

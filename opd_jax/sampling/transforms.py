@@ -17,7 +17,7 @@ import numpy as np
 from opd_jax.config import SamplingConfig
 
 DIRECT = 1024  # most tokens of a vocabulary that is drawn from in one go
-BLOCK = 128  # tokens of a block
+BLOCKS = 128  # of a larger one; a power of two, so that a mesh that cuts the vocabulary cuts none
 
 
 class Transform(NamedTuple):
@@ -85,29 +85,29 @@ def draw(keys_b: jax.Array, bent_bv: jax.Array, greedy_b: jax.Array, uses: Uses)
         return _argmax(bent_bv)
     b, v = bent_bv.shape
     if v <= DIRECT:
-        return _noisy_argmax(keys_b, bent_bv, greedy_b, uses)
-    padding = ((0, 0), (0, -v % BLOCK))
-    bent_bnm = jnp.pad(bent_bv, padding, constant_values=-jnp.inf).reshape(b, -1, BLOCK)
+        return _argmax(bent_bv + _noise(keys_b, v, greedy_b, uses))
+    padding = ((0, 0), (0, -v % BLOCKS))
+    bent_bnm = jnp.pad(bent_bv, padding, constant_values=-jnp.inf).reshape(b, BLOCKS, -1)
     top_bn = jnp.max(bent_bnm, axis=-1)
     top_b1 = jnp.max(top_bn, axis=-1, keepdims=True)
     block_bn = jnp.log(jnp.sum(jnp.exp(bent_bnm - top_b1[..., None]), axis=-1))
     if uses.temperature:
         block_bn = jnp.where(greedy_b[:, None], top_bn, block_bn)
     outer_b, inner_b = (jax.vmap(jax.random.fold_in, (0, None))(keys_b, i) for i in (0, 1))
-    block_b = _noisy_argmax(outer_b, block_bn, greedy_b, uses)
-    inside_bm = jnp.take_along_axis(bent_bnm, block_b[:, None, None], axis=1)[:, 0]
-    return BLOCK * block_b + _noisy_argmax(inner_b, inside_bm, greedy_b, uses)
+    block_b = _argmax(block_bn + _noise(outer_b, block_bn.shape[1], greedy_b, uses))
+    noisy_bnm = bent_bnm + _noise(inner_b, bent_bnm.shape[2], greedy_b, uses)[:, None]
+    # Not a gather of the block: a mesh that cuts the vocabulary would send it.
+    mine_bn1 = (jnp.arange(BLOCKS)[None, :] == block_b[:, None])[..., None]
+    return _argmax(jnp.where(mine_bn1, noisy_bnm, -jnp.inf).reshape(b, -1))
 
 
-def _noisy_argmax(
-    keys_b: jax.Array, score_bv: jax.Array, greedy_b: jax.Array, uses: Uses
-) -> jax.Array:
-    shape = score_bv.shape[1:]
-    noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32))(keys_b)
+def _noise(keys_b: jax.Array, count: int, greedy_b: jax.Array, uses: Uses) -> jax.Array:
+    """Gumbel noise [b, count], none in greedy rows."""
+    noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(keys_b)
     if uses.temperature:
         noise_bv = jnp.where(greedy_b[:, None], 0.0, noise_bv)
-    # The barrier keeps XLA from computing the noise again in each reduction that reads the sum.
-    return _argmax(jax.lax.optimization_barrier(score_bv + noise_bv))
+    # The barrier keeps XLA from computing the noise again in each reduction that reads it.
+    return jax.lax.optimization_barrier(noise_bv)
 
 
 def _argmax(x_bv: jax.Array) -> jax.Array:

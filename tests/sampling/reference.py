@@ -16,10 +16,20 @@ FAMILIES = {
     "llama": {"tie_embeddings": True, "qkv_bias": False, "qk_norm": False},
     "qwen2": {"tie_embeddings": False, "qkv_bias": True, "qk_norm": False},
     "qwen3": {"tie_embeddings": True, "qkv_bias": False, "qk_norm": True},
+    "qwen3_moe": {
+        "tie_embeddings": False,
+        "qkv_bias": False,
+        "qk_norm": True,
+        "sparse_layers": (0, 1),
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "expert_ffn_dim": 12,
+        "norm_topk_prob": True,
+    },
 }
 
 
-def tiny_model(family="llama", mesh=None, **changes):
+def tiny_model(family="llama", mesh=None, compute_dtype="float32", **changes):
     sizes = {
         "vocab_size": 28,
         "embed_dim": 16,
@@ -32,9 +42,8 @@ def tiny_model(family="llama", mesh=None, **changes):
         "norm_eps": 1e-6,
         "max_position": PADDED,
     }
-    return LanguageModel(
-        Architecture(family, **{**sizes, **FAMILIES[family], **changes}), mesh=mesh
-    )
+    arch = Architecture(family, **{**sizes, **FAMILIES[family], **changes})
+    return LanguageModel(arch, compute_dtype, mesh=mesh)
 
 
 def random_params(model, seed=0):
@@ -81,29 +90,45 @@ def bent_probs(logits_v, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return prob_v / prob_v.sum()
 
 
-def teacher_forced(model, params, prompt_ids, response_ids):
-    """Log-probs of a response, from one forward over prompt and response."""
+def forced_logits(model, params, prompt_ids, response_ids):
+    """[n, v]: what each response token was drawn from, by one forward over prompt and response."""
     ids = np.zeros(PADDED, np.int32)
     ids[: len(prompt_ids) + len(response_ids)] = [*prompt_ids, *response_ids]
     logits_tv = np.asarray(all_logits(model, params, ids))
-    before = range(len(prompt_ids) - 1, len(prompt_ids) + len(response_ids) - 1)
-    return np.array([log_softmax(logits_tv[t])[ids[t + 1]] for t in before])
+    return logits_tv[len(prompt_ids) - 1 : len(prompt_ids) + len(response_ids) - 1]
+
+
+def teacher_forced(model, params, prompt_ids, response_ids):
+    """Log-probs of a response, from one forward over prompt and response."""
+    logits_nv = forced_logits(model, params, prompt_ids, response_ids)
+    return np.array(
+        [log_softmax(x)[token] for x, token in zip(logits_nv, response_ids, strict=True)]
+    )
 
 
 def sample_slowly(model, params, request, sampling, end_ids, seed):
     """Token ids of one response."""
     ids, response = list(request.prompt_ids), []
-    base = key_for(seed, "sample", request.prompt_id, request.sample_index)
     for position in range(sampling.max_new_tokens):
         padded = np.zeros(PADDED, np.int32)
         padded[: len(ids)] = ids
         logits_v = np.asarray(all_logits(model, params, padded))[len(ids) - 1]
-        token = _draw(logits_v, sampling, jax.random.fold_in(base, position))
+        token = _draw(logits_v, sampling, token_key(seed, request, position))
         ids.append(token)
         response.append(token)
         if token in end_ids:
             break
     return response
+
+
+def token_key(seed, request, position):
+    """The key of one token of a response."""
+    return key_for(seed, "sample", request.prompt_id, request.sample_index, position)
+
+
+def gumbel_of(key, vocab):
+    """The noise that is added to a token's logits."""
+    return np.asarray(jax.random.gumbel(key, (vocab,), jnp.float32))
 
 
 def _draw(logits_v, sampling, key):
@@ -112,6 +137,5 @@ def _draw(logits_v, sampling, key):
     prob_v = bent_probs(
         logits_v, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
     )
-    noise_v = np.asarray(jax.random.gumbel(key, logits_v.shape, jnp.float32))
     with np.errstate(divide="ignore"):
-        return int(np.argmax(np.log(prob_v) + noise_v))
+        return int(np.argmax(np.log(prob_v) + gumbel_of(key, len(logits_v))))

@@ -12,8 +12,13 @@ from opd_jax.sampling import plan
 from opd_jax.sampling.queue import Request, RequestQueue, bucket_of
 from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 from opd_jax.sampling.stops import stop_length
-from tests.sampling.reference import all_logits as logits_of
-from tests.sampling.reference import bent_probs, random_params, sample_slowly, tiny_model
+from tests.sampling.reference import (
+    bent_probs,
+    forced_logits,
+    random_params,
+    sample_slowly,
+    tiny_model,
+)
 
 END = (3, 5)
 
@@ -66,12 +71,9 @@ def test_drawn_logprobs_are_of_the_bent_distribution(model_and_params):
     sampling = SamplingConfig(max_new_tokens=6, slots=2, **bends)
     request = requests_of(2, 1)[1]
     sample = run(model, params, sampling, [request])["p1", 0]
-    ids = np.zeros(64, np.int32)
-    whole = [*request.prompt_ids, *sample.token_ids]
-    ids[: len(whole)] = whole
-    logits_tv = np.asarray(logits_of(model, params, ids))
+    logits_nv = forced_logits(model, params, request.prompt_ids, sample.token_ids)
     for i, token in enumerate(sample.token_ids):
-        prob = bent_probs(logits_tv[len(request.prompt_ids) + i - 1], **bends)[token]
+        prob = bent_probs(logits_nv[i], **bends)[token]
         assert sample.drawn_logprobs[i] == pytest.approx(np.log(prob), abs=1e-4)
     assert (sample.drawn_logprobs > sample.logprobs).any()
 

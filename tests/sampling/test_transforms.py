@@ -45,9 +45,9 @@ WAYS = pytest.mark.parametrize("direct", [7, 6], ids=["direct", "by blocks"])
 
 
 def set_way(monkeypatch, direct):
-    """Draw from the whole vocabulary, or first a block of three tokens."""
+    """Draw from the whole vocabulary, or first one of two blocks."""
     monkeypatch.setattr(transforms, "DIRECT", direct)
-    monkeypatch.setattr(transforms, "BLOCK", 3)
+    monkeypatch.setattr(transforms, "BLOCKS", 2)
 
 
 CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}

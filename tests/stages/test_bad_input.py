@@ -1,6 +1,7 @@
 """What a user can get wrong: one line, exit code 2, naming what, where and the repair."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -148,6 +149,18 @@ def test_a_top_k_beyond_the_vocabulary_is_refused_before_any_work(refused, tmp_p
     assert not (tmp_path / "run" / "answers").exists()
 
 
+def test_a_checkpoint_with_nan_stops_with_the_prompt_and_the_position(refused, teacher, tmp_path):
+    path = teacher / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, path)
+    text = refused(f"model.teacher={teacher}")
+    assert re.search(
+        r"prompt 'sft-\d+', sample 0: the logits at response position 0 are not fin", text
+    )
+    assert not list((tmp_path / "run" / "answers" / "commits").glob("*"))
+
+
 def test_a_corrected_command_goes_on_after_a_stage_that_wrote_nothing(refused, tmp_path):
     long_prompt = tmp_path / "prompts.jsonl"
     long_prompt.write_text('{"id": "1", "prompt": "' + "1" * 40 + '"}\n')
@@ -189,7 +202,11 @@ def test_more_devices_than_there_are_and_a_mesh_that_does_not_divide(refused):
     [
         ("sft.optim.warmupsteps=3", "did you mean 'warmup_steps'"),
         ("sft.steps=many", "sft.steps"),
-        ("rollout.top_p=1.5", "rollout.top_p"),
+        ("rollout.top_p=1.5", "rollout.top_p: must be less than or equal to 1, but is 1.5"),
+        ("rollout.top_p=0", "rollout.top_p: must be greater than 0, but is 0"),
+        ("rollout.temperature=-1", "temperature: must be greater than or equal to 0, but is -1"),
+        ("rollout.temperature=.nan", "rollout.temperature"),
+        ("rollout.samples_per_prompt=0", "must be greater than or equal to 1, but is 0"),
         ("train.enabled=[opdd]", "opdd"),
     ],
 )

@@ -1,14 +1,19 @@
 """Killed with -9 in every stage, a run goes on and ends with the same bits."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_run import ROOT, arguments
+
+from opd_jax.data.store import open_store
+from opd_jax.data.store_rows import record_digest
 
 STAGES = (
     "answer",
@@ -102,3 +107,25 @@ def test_killed_once_in_each_stage_a_run_ends_with_the_same_parameters(tmp_path)
         assert want[name] == got[name], name
     lines = (killed / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len((straight / "metrics.jsonl").read_text().splitlines())
+
+
+def records(run_dir):
+    """What the rollouts hold, and how many records that is."""
+    snapshot = open_store(run_dir / "rollouts").freeze()
+    found = snapshot.read_many(range(len(snapshot)))
+    return {(r.prompt_id, r.sample_index): record_digest(r) for r in found}, len(found)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_rollouts_are_those_of_an_undisturbed_run(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("kill_rollout.py")), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text()
+    kept = json.loads(done.stdout.splitlines()[-1])["commits"]
+    (want, straight), (got, killed) = (records(tmp_path / x) for x in ("straight", "killed"))
+    torn = len(list((tmp_path / "killed" / "rollouts" / "data").iterdir())) - killed
+    print(f"commits at the kills: {kept}; {torn} kills left a segment without its commit")
+    assert len(kept) == 20
+    assert kept == sorted(set(kept))  # every process committed something before its end
+    assert kept[-1] < killed == straight == len(want) == 400
+    assert got == want

@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import ROOT, arguments
 
+from opd_jax.data.store import open_store
+
 LIMIT_SECONDS = 400
 
 
@@ -43,6 +45,24 @@ def assert_same_losses(one, other):
         assert got[key] == pytest.approx(loss, rel=1e-5, abs=1e-5), key
 
 
+def assert_same_samples(one, other):
+    """Token for token; log-probs of the answers alone: each run trained its own student."""
+    for folder in ("answers", "rollouts"):
+        want, got = (samples(run_dir / folder) for run_dir in (one, other))
+        assert want.keys() == got.keys()
+        for key, record in want.items():
+            assert got[key].response_ids.tolist() == record.response_ids.tolist(), (folder, key)
+            if folder == "answers":
+                error = np.abs(got[key].student_logprob - record.student_logprob)
+                assert error.max() < 1e-4, key
+
+
+def samples(folder):
+    snapshot = open_store(folder).freeze()
+    records = snapshot.read_many(range(len(snapshot)))
+    return {(r.prompt_id, r.sample_index): r for r in records}
+
+
 @pytest.mark.slow
 def test_four_devices_equal_one(tmp_path):
     one, four = tmp_path / "one", tmp_path / "four"
@@ -50,6 +70,7 @@ def test_four_devices_equal_one(tmp_path):
         process = start(run_dir, devices)
         output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
         assert process.returncode == 0, output
+    assert_same_samples(one, four)
     assert_same_losses(one, four)
 
 
@@ -69,6 +90,7 @@ def test_two_processes_equal_one(tmp_path):
         for text in ((run / "summary.json").read_text() for run in (one, two))
     ]
     assert counts[0] == counts[1]  # the same samples, so the same number of tokens
+    assert_same_samples(one, two)
     assert_same_losses(one, two)
     for name in ("opd", "opd_topk"):
         want = load_file(one / "export" / name / "model.safetensors")

@@ -1,0 +1,35 @@
+"""The sampler's programs compile for absent devices; a decode step sends no weight.
+
+On a mesh with `fsdp`, `tensor` and `data` or `expert` of 2, and pages on two levels.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_jax.fit.topology import environment
+
+SCRIPT = Path(__file__).with_name("compile_sampler.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dense", "experts"])
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
+def test_decoding_sends_activations_alone_and_keeps_its_cache_in_place_on(target, case):
+    command = [sys.executable, str(SCRIPT), target, case]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    largest = max(found["collectives"], key=lambda x: x["bytes"])
+    print(f"{len(found['collectives'])} collectives; the largest {largest}; {found['programs']}")
+    assert {x["kind"] for x in found["collectives"]} >= {"all-reduce", "all-to-all"}
+    # Of all slots, float32: less than a sixth of a device's part of the smallest matrix.
+    assert largest["bytes"] <= max(found["hidden_bytes"], found["noise_bytes"]), largest
+    for name in ("start", "decode"):
+        assert found["programs"][name]["alias_bytes"] >= found["cache_bytes"], name
+    # Weights that are gathered before the loop would lie there: the head alone is 150 MB.
+    assert found["programs"]["decode"]["temp_bytes"] < found["cache_bytes"]

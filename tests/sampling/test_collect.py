@@ -1,0 +1,43 @@
+"""What of a run that breaks stays in the store."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from opd_jax.config import SamplingConfig
+from opd_jax.data.store import create_store
+from opd_jax.errors import ModelError
+from opd_jax.sampling.collect import collect, requests_for
+from opd_jax.sampling.sampler import SamplingJob, plan_for
+from tests.sampling.reference import random_params, tiny_model
+
+SICK = 7
+
+
+def poisoned(model):
+    """Parameters whose logits are NaN once the token `SICK` has been read."""
+    params = random_params(model)
+    return {**params, "embed": params["embed"].at[SICK].set(np.nan)}
+
+
+def test_a_broken_checkpoint_stops_the_run_and_keeps_what_was_finished(tmp_path):
+    """Four samples finish before the sick one starts, three in the round in which it breaks."""
+    model = tiny_model("qwen2")  # untied: the poisoned embedding does not reach the head
+    long, short = (SamplingConfig(max_new_tokens=n, min_new_tokens=n, top_k=2) for n in (6, 1))
+    fine = requests_for([("fine", [1] * 17)], samples=7)  # the longest bucket comes first
+    requests = [
+        *(dataclasses.replace(r, sampling=long if r.sample_index < 4 else short) for r in fine),
+        *requests_for([("sick", [1, SICK, 2])], samples=5),
+    ]
+    sampling, told = SamplingConfig(max_new_tokens=6, slots=4), []
+    job = SamplingJob(model, poisoned(model), sampling, (3, 5), 7)
+    store = create_store(tmp_path, {})
+    with pytest.raises(ModelError, match=r"prompt 'sick', sample 0: .* position 0 ") as caught:
+        collect(job, store, requests, plan_for(job, requests), told.append, flush_seconds=1e9)
+    assert "\n" not in str(caught.value)
+    finished = {("fine", i) for i in range(7)}
+    assert {(s.request.prompt_id, s.request.sample_index) for s in told} == finished
+    assert store.committed_keys() == finished
+    records = store.freeze().read_many(range(7))
+    assert sorted(len(r.response_ids) for r in records) == [1, 1, 1, 6, 6, 6, 6]
