@@ -28,13 +28,24 @@ _EXPECTED = {
 }
 
 
-def describe(error: ValidationError, file: str, origins: Mapping[tuple[str, ...], str]) -> str:
-    """One line for the first problem. `origins` names the override behind each overridden key."""
+def describe(
+    error: ValidationError,
+    file: str,
+    origins: Mapping[tuple[str, ...], str],
+    root: type[Frozen] = Config,
+) -> str:
+    """One line for the first problem.
+
+    Args:
+        file: where the values come from.
+        origins: the override behind each overridden key.
+        root: the class that was validated.
+    """
     problems = error.errors()
     first = problems[0]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     source = _source(first, file, origins)
-    return f"{source}: {_problem(first)}{more}".replace("\n", " ")
+    return f"{source}: {_problem(first, root)}{more}".replace("\n", " ")
 
 
 def block_at(block: type[Frozen], key: int | str, entry: bool = False) -> type[Frozen] | None:
@@ -69,13 +80,13 @@ def _on_one_path(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     return depth > 0 and one[:depth] == other[:depth]
 
 
-def _problem(problem: ErrorDetails) -> str:
+def _problem(problem: ErrorDetails, root: type[Frozen]) -> str:
     loc, kind, value = problem["loc"], problem["type"], problem["input"]
     dotted = _dotted(loc)
     if kind == "extra_forbidden":
         *parents, key = loc
         parent = f"{_dotted(tuple(parents))}: " if parents else ""
-        return f"{parent}unknown key '{key}'; {_unknown_hint(loc)}"
+        return f"{parent}unknown key '{key}'; {_unknown_hint(loc, root)}"
     if kind == "missing":
         return f"{dotted}: missing; add it to the file or give {dotted}=VALUE"
     if kind == "value_error":
@@ -100,21 +111,21 @@ def _choice_hint(problem: ErrorDetails) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _unknown_hint(loc: Location) -> str:
+def _unknown_hint(loc: Location, root: type[Frozen]) -> str:
     """The key that was meant: one beside it that reads alike, the same one elsewhere, or any."""
-    siblings = _siblings(loc[:-1])
+    siblings = _siblings(loc[:-1], root)
     key = str(loc[-1])
     if close := difflib.get_close_matches(key, siblings, 1):
         return f"did you mean '{close[0]}'?"
-    if elsewhere := [dotted for dotted in _all_keys(Config) if dotted.endswith(f".{key}")]:
+    if elsewhere := [dotted for dotted in _all_keys(root) if dotted.endswith(f".{key}")]:
         meant = "' or '".join(elsewhere[:4])
         return f"did you mean '{meant}'?"
     return f"the keys here are {', '.join(siblings)}"
 
 
-def _siblings(loc: Location) -> list[str]:
+def _siblings(loc: Location, root: type[Frozen]) -> list[str]:
     """The keys of the block at `loc`; after a mapping field comes the name of an entry."""
-    block: type[Frozen] = Config
+    block = root
     entry: type[Frozen] | None = None
     for key in loc:
         if entry is not None:

@@ -25,8 +25,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline; the exit code is 2 for what the user can repair, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    goes_on = ""
     try:
-        _run(_parse(words))
+        arguments = _parse(words)
+        goes_on = "" if _talks(arguments) else "; the same command goes on from here"
+        _run(arguments)
     except (OPDError, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_others()
         return 2
     except KeyboardInterrupt:
-        print("opd_jax: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"opd_jax: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -54,6 +57,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="print what is done and what is not")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
+    group = parser.add_argument_group("try a model of the run")
+    group.add_argument("--prompt", metavar="TEXT", help="print its answer to this")
+    group.add_argument("--chat", action="store_true", help="talk with it")
+    group.add_argument(
+        "--checkpoint", metavar="NAME", help="base, sft, opd, ..., teacher (default: last trained)"
+    )
     group = parser.add_argument_group("several processes (the same command on each)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -61,9 +70,19 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
+def _talks(arguments: argparse.Namespace) -> bool:
+    return arguments.chat or arguments.prompt is not None
+
+
 def _run(arguments: argparse.Namespace) -> None:
+    _check_flags(arguments)
     config = load_config(arguments.config, arguments.overrides)
     # jax and what builds on it take seconds to import: a misspelt key should not wait for them.
+    if _talks(arguments):
+        from opd_jax.stages import chat
+
+        chat.run(config, arguments.checkpoint, arguments.prompt)
+        return
     from opd_jax.core import distributed
 
     distributed.start(arguments.coordinator, arguments.processes, arguments.rank)
@@ -71,6 +90,23 @@ def _run(arguments: argparse.Namespace) -> None:
 
     stages = None if arguments.stages is None else _names([arguments.stages])
     pipeline.run(config, stages=stages, force=_names(arguments.force), plan_only=arguments.plan)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go together."""
+    if not _talks(arguments):
+        if arguments.checkpoint is not None:
+            raise ConfigError("--checkpoint is for --chat and --prompt; give one of them")
+        return
+    one = "--chat" if arguments.chat else "--prompt"
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ConfigError("--prompt is empty; give it a text")
+    for name in ("coordinator", "processes", "rank"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"{one} runs in one process; leave out --{name}")
+    for name in ("stages", "force", "plan", *(("prompt",) if arguments.chat else ())):
+        if getattr(arguments, name) not in (None, [], False):
+            raise ConfigError(f"{one} and --{name} do not go together; leave one of them out")
 
 
 def _leave_others() -> None:

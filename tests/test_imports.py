@@ -26,6 +26,8 @@ FLOORS = {
 }
 LEVEL_DOORS = {("stages", "report"), ("stages", "fit")}
 """Rooms of one floor that may look in: a stage is the glue that calls them."""
+PUBLIC = {"sampling"}
+"""Rooms that people import by themselves: their `__init__` names what is theirs to use."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -89,8 +91,14 @@ def test_stages_meet_only_through_files():
 
 
 def test_packages_hold_a_docstring_only():
+    """Or, where they are for use by people, the names of their own modules to use."""
     for path in PACKAGE.rglob("__init__.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         names = [ast.unparse(node).split(" = ")[0] for node in body[1:]]
         assert ast.get_docstring(ast.Module(body, [])), f"{path}: no docstring"
+        if path.parent.name in PUBLIC:
+            own = f"from opd_jax.{path.parent.name}."
+            assert names.pop() == "__all__", path
+            assert all(name.startswith(own) for name in names), path
+            continue
         assert names == (["__version__"] if path.parent == PACKAGE else []), path

@@ -64,6 +64,7 @@ def write_gguf(
     writer = GGUFWriter(path, config["model_type"].replace("_", ""))
     _metadata(writer, config)
     add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+    add[bool] = writer.add_bool
     for key, value in (extra or {}).items():
         add[type(value)](key, value)
     if divisors is not None:

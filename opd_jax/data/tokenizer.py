@@ -49,9 +49,14 @@ class Tokenizer:
     """Text to token ids and back, chats to prompts, and the ids that end a response."""
 
     def __init__(
-        self, fast: PreTrainedTokenizerFast, end_ids: Sequence[int], source: str | Path
+        self,
+        fast: PreTrainedTokenizerFast,
+        end_ids: Sequence[int],
+        source: str | Path,
+        begin_ids: Sequence[int] = (),
     ) -> None:
         self._fast = fast
+        self._begin_ids = list(begin_ids)
         self._source = Path(source)
         self.end_ids: tuple[int, ...] = tuple(sorted(set(end_ids)))
 
@@ -63,6 +68,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands: special tokens are recognised, none is added."""
         return self._fast.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_opening(self, text: str) -> list[int]:
+        """Token ids of a text that nothing precedes: behind the beginning token, if one is used."""
+        ids = self.encode(text)
+        begins = not self._begin_ids or ids[:1] == self._begin_ids
+        return ids if begins else [*self._begin_ids, *ids]
 
     def render_chat(
         self,
@@ -77,8 +88,13 @@ class Tokenizer:
             system: put in front of a chat that has no system message of its own.
 
         Raises:
-            DataError: the template refuses the messages.
+            DataError: there is no template, or it refuses the messages.
         """
+        if self._fast.chat_template is None:
+            raise DataError(
+                f"{self._source}: has no chat template, so {messages!r:.60} cannot be rendered; "
+                f"give a text, or add {TEMPLATE_FILE}"
+            )
         chat = [dict(message) for message in messages]
         if system is not None and chat[0]["role"] != "system":
             chat.insert(0, {"role": "system", "content": system})
@@ -172,29 +188,36 @@ class Tokenizer:
         _dump(folder / CONFIG_FILE, config)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, chats: bool = True) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or of a .gguf file.
+
+    Args:
+        chats: whether it has to have a chat template.
 
     Raises:
         ModelError: a file is missing or broken, there is no chat template or no end token.
     """
+    begins = False
     if is_gguf(path):
-        parts = read_gguf_tokenizer(path)
-        backend, settings, end_ids = parts.backend, parts.settings, parts.end_ids
+        backend, settings, end_ids, begins = read_gguf_tokenizer(path)
     else:
         backend, settings, end_ids = _read_folder(Path(path))
-    if settings.get("chat_template") is None:
+    if chats and settings.get("chat_template") is None:
         raise ModelError(
             f"{path}: has no chat template; add {TEMPLATE_FILE}, or take the tokenizer of the "
             "instruct model"
         )
     fast = _fast_tokenizer(backend, settings)
-    eos = settings.get("eos_token") and backend.token_to_id(settings["eos_token"])
+    bos, eos = (
+        settings.get(key) and backend.token_to_id(settings[key])
+        for key in ("bos_token", "eos_token")
+    )
     if eos is not None:
         end_ids = [*end_ids, eos]
     if not end_ids:
         raise ModelError(f"{path}: names no end token; set eos_token_id in {GENERATION_FILE}")
-    return Tokenizer(fast, end_ids, path)
+    begins = begins or bos in backend.encode("").ids  # of a post-processor
+    return Tokenizer(fast, end_ids, path, [bos] if begins and bos is not None else [])
 
 
 def _fast_tokenizer(backend: Any, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:

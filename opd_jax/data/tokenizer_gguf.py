@@ -34,6 +34,8 @@ class GGUFTokenizer(NamedTuple):
     settings: dict[str, Any]
     """Special tokens and chat template, by transformers' names."""
     end_ids: list[int]
+    begins: bool
+    """Whether a text is read behind the beginning token."""
 
 
 def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
@@ -46,6 +48,7 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
         _backend(reader, tokens, pre),
         _settings(reader, tokens),
         [end for end in ends if end is not None],
+        bool(metadata(reader, "tokenizer.ggml.add_bos_token", pre in _LLAMA3)),
     )
 
 

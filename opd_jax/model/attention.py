@@ -205,29 +205,37 @@ def _transposed(x_bkgcs: jax.Array, y_bkgch: jax.Array) -> jax.Array:
     return jnp.einsum("bkqs,bkqh->bksh", x, y, preferred_element_type=jnp.float32)
 
 
-def attend_cached(
-    q_btnh: jax.Array, keys_bkhs: jax.Array, values_bksh: jax.Array, lengths_b: jax.Array
-) -> jax.Array:
-    """Attention of one new token per row (t = 1) over a cache that already holds that token.
+def attend_page(
+    q_rnh: jax.Array, keys_rkhs: jax.Array, values_rksh: jax.Array, count_r: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One new token per row (its softmax unfinished) over a page that already holds that token.
 
     Keys have their positions last and values before the head dimension: both products then read
-    the cache as it lies.
+    the page as it lies.
 
     Args:
-        q_btnh: queries, t = 1.
-        keys_bkhs: row b's tokens at positions 0 to `lengths_b[b] - 1`, the new one last.
-        values_bksh: likewise.
-        lengths_b: int32, tokens in each row, at least 1.
+        q_rnh: queries.
+        keys_rkhs: the row's tokens are the first `count_r[r]` of the page.
+        values_rksh: likewise.
+        count_r: int32; all tokens of the page if more, none if less than 1.
 
     Returns:
-        [b, 1, n, h] in the dtype of `q_btnh`.
+        values weighted by exp(score - top) [r, n, h], the sum of these weights [r, n], and the top:
+        the largest score [r, n], `MASKED` without tokens. All float32.
     """
-    b, _, n, h = q_btnh.shape
-    k, s = values_bksh.shape[1:3]
-    q_bkgh = q_btnh.reshape(b, k, n // k, h) * (h**-0.5)
-    score = jnp.einsum("bkgh,bkhs->bkgs", q_bkgh, keys_bkhs, preferred_element_type=jnp.float32)
-    mask_bs = jnp.arange(s)[None, :] < lengths_b[:, None]
-    score = jnp.where(mask_bs[:, None, None], score, MASKED)
-    weight = jax.nn.softmax(score, axis=-1).astype(values_bksh.dtype)
-    mixed = jnp.einsum("bkgs,bksh->bkgh", weight, values_bksh, preferred_element_type=jnp.float32)
-    return mixed.reshape(b, 1, n, h).astype(q_btnh.dtype)
+    r, n, h = q_rnh.shape
+    k, s = values_rksh.shape[1:3]
+    q_rkgh = q_rnh.reshape(r, k, n // k, h) * (h**-0.5)
+    score = jnp.einsum("rkgh,rkhs->rkgs", q_rkgh, keys_rkhs, preferred_element_type=jnp.float32)
+    mask_rs = jnp.arange(s)[None, :] < count_r[:, None]
+    score = jnp.where(mask_rs[:, None, None], score, MASKED)
+    top_rkg = jnp.max(score, axis=-1)
+    weight = jnp.exp(score - top_rkg[..., None])
+    total_rkg = jnp.sum(weight, axis=-1)
+    mixed = jnp.einsum(
+        "rkgs,rksh->rkgh",
+        weight.astype(values_rksh.dtype),
+        values_rksh,
+        preferred_element_type=jnp.float32,
+    )
+    return mixed.reshape(r, n, h), total_rkg.reshape(r, n), top_rkg.reshape(r, n)

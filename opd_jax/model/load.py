@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from opd_jax.core.gguf_file import is_gguf
+from opd_jax.errors import ConfigError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.gguf import load_gguf_params, read_gguf_architecture
 from opd_jax.model.hf_config import read_architecture
@@ -17,6 +19,19 @@ from opd_jax.model.transformer import LanguageModel, Params
 def architecture_of(path: str | Path) -> Architecture:
     """The architecture of a Hugging Face folder or a .gguf file; raises ModelError."""
     return read_gguf_architecture(path) if is_gguf(path) else read_architecture(path)
+
+
+def resolve_dtype(wanted: str) -> str:
+    """A compute dtype; `auto` is bfloat16 on accelerators, float32 on CPU.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if wanted not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"compute_dtype={wanted!r}; give auto, float32 or bfloat16")
+    if wanted != "auto":
+        return wanted
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def read_model(

@@ -141,9 +141,8 @@ class LanguageModel:
 
     def _map(self, leaf: Any) -> Params:
         """Apply `leaf(name, param)` to every declared parameter."""
-        flat = nnx.to_flat_state(_declaration(self.arch))
         tree: Params = {}
-        for path, param in flat:
+        for path, param in nnx.to_flat_state(_declaration(self.arch)):
             *parents, name = map(str, path)
             node = tree
             for key in parents:
@@ -203,13 +202,12 @@ class LanguageModel:
     ) -> ForwardOutput:
         """Run the decoder on whole sequences (`model.decode` adds single tokens to a cache).
 
-        Within a segment, tokens lie in the order of their positions.
-
         Args:
             params: as `abstract` describes them.
             tokens_bt: int32.
             positions_bt: int32, their positions in their sequences.
-            segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
+            segments_bt: int32; tokens attend within their segment, where they lie in the order of
+                their positions. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
         x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype)
@@ -303,13 +301,14 @@ def run_layer(
     """One decoder layer.
 
     Args:
-        layer: this layer's parameters; a sparse layer has a `router`.
+        layer: this layer's parameters; a sparse layer has a `router`. Instead of the weights of
+            queries, keys and values, and of gate and up, it may have them joined: `w_qkv`,
+            `w_gate_up`.
         rope: `rope_tables` of the tokens' positions.
         mix: from queries, keys and values of these tokens to the attention output, and to the keys
             and values to keep.
         counted_bt: bool, tokens that the router's sums count. `None`: all.
-        times: the product with dense weights, called as `linear` is.
-        spread: as `moe_mlp` takes it.
+        times: the product with dense weights, called as `linear` is; `spread`: of `moe_mlp`.
 
     Returns:
         the new hidden states, what `mix` kept, and a sparse layer's router sums.
@@ -326,8 +325,11 @@ def run_layer(
         if "router" in layer:
             out, router = moe_mlp(arch, layer, y, model.mesh, counted_bt, spread)
             return x_btd + out, kept, router
-        gate = checkpoint_name(times(y, layer["w_gate"]), "gate")
-        up = checkpoint_name(times(y, layer["w_up"]), "up")
+        if "w_gate_up" in layer:
+            gate, up = jnp.split(times(y, layer["w_gate_up"]), 2, axis=-1)
+        else:
+            gate = checkpoint_name(times(y, layer["w_gate"]), "gate")
+            up = checkpoint_name(times(y, layer["w_up"]), "up")
         x_btd = x_btd + times(jax.nn.silu(gate) * up, layer["w_down"])
     return x_btd, kept, None
 
@@ -335,9 +337,11 @@ def run_layer(
 def _project(
     arch: Architecture, layer: Params, y_btd: jax.Array, times: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q = times(y_btd, layer["wq"])
-    k = times(y_btd, layer["wk"])
-    v = times(y_btd, layer["wv"])
+    if "w_qkv" in layer:
+        heads, more = arch.num_heads, arch.num_heads + arch.num_kv_heads
+        q, k, v = jnp.split(times(y_btd, layer["w_qkv"]), (heads, more), axis=2)
+    else:
+        q, k, v = (times(y_btd, layer[name]) for name in ("wq", "wk", "wv"))
     if arch.qkv_bias:
         q, k, v = (x + layer[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if arch.qk_norm:

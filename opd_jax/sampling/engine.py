@@ -1,5 +1,5 @@
 """The programs of the sampler: prefill prompts, start samples of them in free slots, decode all
-slots, and move slots that outgrow theirs.
+slots.
 
 Shapes are static, the state is donated, and all that the host reads is replicated, so that every
 process of a job sees the same and decides the same.
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.core.mesh import RULES, replicated
-from opd_jax.model.decode import (
-    DecodeCache,
-    Tiers,
-    decode,
+from opd_jax.model.cache import (
+    PagedCache,
+    Pages,
+    PageTable,
     empty_cache,
     insert_rows,
-    logits,
-    move_rows,
+    room,
 )
+from opd_jax.model.decode import decode, logits
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling.keys import sample_keys, token_keys
 from opd_jax.sampling.transforms import Transform, Uses, bend, draw
@@ -35,7 +35,7 @@ class Program:
     """What the compiled programs depend on: hashable, a static argument."""
 
     model: LanguageModel
-    tiers: Tiers
+    pages: Pages
     uses: Uses
     end_ids: tuple[int, ...]
     mesh: Mesh | None
@@ -44,7 +44,7 @@ class Program:
     @property
     def slots(self) -> int:
         """Samples in flight."""
-        return self.tiers.total
+        return self.pages.rows
 
 
 class Slots(NamedTuple):
@@ -63,7 +63,7 @@ class Slots(NamedTuple):
 class State(NamedTuple):
     """All slots on the device."""
 
-    cache: DecodeCache
+    cache: PagedCache
     slots: Slots
 
 
@@ -81,6 +81,7 @@ class Start(NamedTuple):
 
     source_p: jax.Array  # int32, the row of its prompt
     slot_p: jax.Array
+    pages_lp: tuple[jax.Array, ...]  # as `insert_rows` takes them
     prompt_p: jax.Array  # `stable_hash` of the prompt's id
     index_p: jax.Array  # sample index
     limit_p: jax.Array
@@ -104,7 +105,7 @@ class Round(NamedTuple):
     drawn_logprob_rb: jax.Array
     count_b: jax.Array
     done_b: jax.Array
-    stuck_b: jax.Array  # alive, but its row of the cache is full
+    stuck_b: jax.Array  # alive, but without a page for its next token
     broken_b: jax.Array
 
 
@@ -137,7 +138,7 @@ def empty_state(program: Program) -> State:
         least_b=ints,
         transform=Transform(floats, ints, floats, floats),
     )
-    return _shard(program, State(empty_cache(program.model, program.tiers), slots))
+    return _shard(program, State(empty_cache(program.model, program.pages), slots))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -182,28 +183,20 @@ def start(
     drawn = _draw(program, params, hidden_pd, fresh)
     fresh = _advance(program, fresh, drawn)
     keys_values = prompts.keys[:, source_p], prompts.values[:, source_p]
-    cache = insert_rows(program.tiers, state.cache, keys_values, new.slot_p, length_p)
+    cache = insert_rows(program.pages, state.cache, keys_values, new.pages_lp, length_p)
     slots = jax.tree.map(lambda old, x: old.at[new.slot_p].set(x, mode="drop"), state.slots, fresh)
     first = First(drawn.token_b, drawn.logprob_b, drawn.drawn_logprob_b)
     return _shard(program, State(cache, slots)), _replicate(program, first)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def move(program: Program, state: State, from_m: jax.Array, to_m: jax.Array) -> State:
-    """Move slots into slots of longer tiers; a slot beyond the last moves nothing."""
-    cache = move_rows(program.tiers, state.cache, from_m, to_m)
-
-    def copied(x_b: jax.Array) -> jax.Array:
-        return x_b.at[to_m].set(x_b.at[from_m].get(mode="clip"), mode="drop")
-
-    slots = jax.tree.map(copied, state.slots)
-    slots = slots._replace(done_b=slots.done_b.at[from_m].set(True, mode="drop"))
-    return _shard(program, State(cache, slots))
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_round(
-    program: Program, params: Params, state: State, wake: jax.Array, halt_b: jax.Array
+    program: Program,
+    params: Params,
+    state: State,
+    table: PageTable,
+    wake: jax.Array,
+    halt_b: jax.Array,
 ) -> tuple[State, Round]:
     """Decode until no slot can go on, `wake` slots cannot, another one is stuck, or the round ends.
 
@@ -216,11 +209,12 @@ def decode_round(
     shape = (program.round_steps, program.slots)
     slots = state.slots._replace(done_b=state.slots.done_b | halt_b)
     state = State(state.cache, slots)
-    stuck_before = jnp.sum(_stuck(program, state))
+    room_b = room(program.pages, table)
+    stuck_before = jnp.sum(_stuck(state, room_b))
 
     def body(carry: Carry) -> Carry:
         step, state, seen = carry
-        state, drawn = _decode_step(program, params, state)
+        state, drawn = _decode_step(program, params, state, table, room_b)
         new = (drawn.token_b, drawn.logprob_b, drawn.drawn_logprob_b)
         rows = [
             jax.lax.dynamic_update_index_in_dim(old, x, step, 0)
@@ -230,7 +224,7 @@ def decode_round(
 
     def proceed(carry: Carry) -> jax.Array:
         step, state, _ = carry
-        stuck = jnp.sum(_stuck(program, state))
+        stuck = jnp.sum(_stuck(state, room_b))
         idle = jnp.sum(state.slots.done_b) + stuck
         more = (idle < wake) & (idle < program.slots) & (stuck <= stuck_before)
         return (step < program.round_steps) & more
@@ -238,32 +232,25 @@ def decode_round(
     floats = jnp.zeros(shape, jnp.float32)
     begin = (0, state, (jnp.zeros(shape, jnp.int32), floats, floats))
     _, state, (token_rb, logprob_rb, drawn_rb) = jax.lax.while_loop(proceed, body, begin)
-    slots, stuck_b = state.slots, _stuck(program, state)
+    slots, stuck_b = state.slots, _stuck(state, room_b)
     seen = Round(
         token_rb, logprob_rb, drawn_rb, slots.count_b, slots.done_b, stuck_b, slots.broken_b
     )
     return _shard(program, state), _replicate(program, seen)
 
 
-def _stuck(program: Program, state: State) -> jax.Array:
-    """Slots that have more to say than their row of the cache has room for.
-
-    The last place of a row stays empty: all rows compute at every step, and write somewhere.
-    """
-    per_shard = [
-        s - 1
-        for n, s in zip(program.tiers.rows, program.tiers.lengths, strict=True)
-        for _ in range(n)
-    ]
-    room_b = jnp.tile(jnp.array(per_shard, jnp.int32), program.tiers.shards)
+def _stuck(state: State, room_b: jax.Array) -> jax.Array:
+    """Slots that have more to say than their pages have room for."""
     return ~state.slots.done_b & (state.cache.lengths_b >= room_b)
 
 
-def _decode_step(program: Program, params: Params, state: State) -> tuple[State, Drawn]:
+def _decode_step(
+    program: Program, params: Params, state: State, table: PageTable, room_b: jax.Array
+) -> tuple[State, Drawn]:
     """One token for every live slot; the others compute along and change nothing."""
     slots, old = state.slots, state.cache
-    live_b = ~slots.done_b & ~_stuck(program, state)
-    hidden_bd, cache = decode(program.model, program.tiers, params, slots.token_b, old)
+    live_b = ~slots.done_b & ~_stuck(state, room_b)
+    hidden_bd, cache = decode(program.model, program.pages, params, slots.token_b, old, table)
     cache = cache._replace(lengths_b=jnp.where(live_b, cache.lengths_b, old.lengths_b))
     drawn = _draw(program, params, hidden_bd, slots)
     fresh = _advance(program, slots, drawn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,11 @@ def bucket_of(length: int) -> int:
     return between if between >= max(length, SMALLEST_BUCKET) else power
 
 
+def coarse_bucket_of(length: int) -> int:
+    """A power of two from 64 on: more padding than `bucket_of`, and fewer programs to compile."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Prompts to prefill together, and the requests that start from each of them."""
@@ -55,9 +60,16 @@ class RequestQueue:
     Args:
         rows: prompts of one prefill.
         shards: ways the rows are cut over the mesh; every prefill has a multiple of it as rows.
+        bucket: the padded length of a prompt.
     """
 
-    def __init__(self, requests: Sequence[Request], rows: int, shards: int) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        rows: int,
+        shards: int,
+        bucket: Callable[[int], int] = bucket_of,
+    ) -> None:
         self._rows, self._shards = rows, shards
         self.left = len(requests)
         prompts: dict[tuple[str, bytes], list[Request]] = {}
@@ -66,7 +78,7 @@ class RequestQueue:
             prompts.setdefault((request.prompt_id, ids.tobytes()), []).append(request)
         by_bucket: dict[int, deque[list[Request]]] = {}
         for group in prompts.values():
-            by_bucket.setdefault(bucket_of(len(group[0].prompt_ids)), deque()).append(group)
+            by_bucket.setdefault(bucket(len(group[0].prompt_ids)), deque()).append(group)
         self._buckets = sorted(by_bucket.items(), reverse=True)
 
     @property

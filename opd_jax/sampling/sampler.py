@@ -3,8 +3,7 @@
     prefill   [p1 p2]            prompts, one program per bucket of prompt lengths
     start     s1 s2 s3           their samples, into free slots
     decode    s1 s2 s3 s4 ...    a loop on the device until enough slots are done to refill them
-    harvest   s2 s4              finished samples leave, their slots are free
-    move      s1 -> s7           a sample that outgrew its slot goes on in a longer one
+    harvest   s2 s4              finished samples leave, their slots and pages are free
 
 A sample depends on the parameters, its prompt, the seed, the prompt's id, the sample index and its
 sampling settings, and (but for ties within rounding) on nothing else.
@@ -13,6 +12,7 @@ sampling settings, and (but for ties within rounding) on nothing else.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling import engine
 from opd_jax.sampling.keys import root_key
 from opd_jax.sampling.plan import CachePlan, check_memory, plan_cache
-from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue
+from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue, bucket_of
 from opd_jax.sampling.slots import Sample, SlotTable
 from opd_jax.sampling.stops import Text
 from opd_jax.sampling.transforms import uses_of
@@ -49,6 +49,9 @@ class SamplingJob:
         seed: equal (seed, prompt id, sample index) give equal samples.
         text: of token ids; needed for stop strings, and gives samples their text.
         round_steps: decode steps between two looks of the host.
+        split: `params` as `split_layers` gives them, where several runs share them; `None`: made
+            for this run.
+        bucket: the padded length of a prompt.
     """
 
     model: LanguageModel
@@ -58,6 +61,8 @@ class SamplingJob:
     seed: int
     text: Text | None = None
     round_steps: int = ROUND_STEPS
+    split: Params | None = None
+    bucket: Callable[[int], int] = bucket_of
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,14 @@ class Plan:
 
     program: engine.Program
     cache: CachePlan
-    rows: int  # prompts of a prefill, samples of a start, moves of a move
+    rows: int  # prompts of a prefill, samples of a start
     longest: int  # limit of a response
     buckets: int  # padded prompt lengths
 
     @property
     def programs(self) -> int:
         """The most programs that are compiled: two for each bucket, and those of the slots."""
-        return 2 * self.buckets + 4
+        return 2 * self.buckets + 2
 
     def __str__(self) -> str:
         return f"{self.cache}; at most {self.programs} programs"
@@ -92,13 +97,14 @@ def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
     _check(arch, job, requests, settings)
     limits = [s.max_new_tokens for s in settings]
     prompts = [len(request.prompt_ids) for request in requests]
-    cache = plan_cache(job.model, job.sampling.slots, prompts, limits)
+    leasts = [s.min_new_tokens for s in settings]
+    cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits)
     check_memory(cache, job.model)
-    tiers = cache.tiers
-    rows = max(tiers.total // 8 // tiers.shards, 1) * tiers.shards  # few slots wait for a refill
+    pages = cache.pages
+    rows = max(pages.rows // 8 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))
-    program = engine.Program(job.model, tiers, uses_of(settings), ends, mesh, job.round_steps)
-    buckets = len(RequestQueue(requests, rows, tiers.shards).buckets)
+    program = engine.Program(job.model, pages, uses_of(settings), ends, mesh, job.round_steps)
+    buckets = len(RequestQueue(requests, rows, pages.shards, job.bucket).buckets)
     return Plan(program, cache, rows, max(limits), buckets)
 
 
@@ -121,6 +127,16 @@ def generate(
         DataError, ConfigError: as `plan_for` does, before anything runs.
         ModelError: non-finite logits; samples that were finished by then have been yielded.
     """
+    return itertools.chain.from_iterable(rounds(job, requests, plan, on_tokens))
+
+
+def rounds(
+    job: SamplingJob,
+    requests: Sequence[Request],
+    plan: Plan | None = None,
+    on_tokens: OnTokens | None = None,
+) -> Iterator[list[Sample]]:
+    """`generate` with a list, often an empty one, of what finished in every decode round."""
     if not requests:
         return iter(())
     return _run(job, plan or plan_for(job, requests), requests, on_tokens)
@@ -128,26 +144,23 @@ def generate(
 
 def _run(
     job: SamplingJob, plan: Plan, requests: Sequence[Request], on_tokens: OnTokens | None
-) -> Iterator[Sample]:
+) -> Iterator[list[Sample]]:
     program, mesh = plan.program, plan.program.mesh
     table = SlotTable(program, job.sampling, plan.longest, job.text)
-    params = split_layers(program.model, job.params)
+    params = split_layers(program.model, job.params) if job.split is None else job.split
     state = engine.empty_state(program)
     feeder = _Feeder(job, plan, requests, params)
     while feeder.left or table.busy:
-        moves = table.moves(plan.rows)
-        if moves is not None:
-            state = engine.move(program, state, *(_put(mesh, x) for x in moves))
         state, firsts = feeder.fill(table, state)
-        wake, halt = _put(mesh, feeder.wake(table)), _put(mesh, table.halted())
-        state, seen = engine.decode_round(program, params, state, wake, halt)
+        told = (table.pages(), feeder.wake(table), table.halted())
+        state, seen = engine.decode_round(program, params, state, *_put_tree(mesh, told))
         firsts, seen = jax.device_get((firsts, seen))
         for slots, first in firsts:
             table.record_first(slots, first)
         table.record_round(seen)
         if on_tokens is not None:
             _tell(table, program.slots, on_tokens)
-        yield from table.harvest(seen)
+        yield table.harvest(seen)
         table.refuse_broken(seen)
 
 
@@ -165,7 +178,7 @@ class _Feeder:
         self, job: SamplingJob, plan: Plan, requests: Sequence[Request], split: Params
     ) -> None:
         self._job, self._plan, self._split = job, plan, split
-        self._queue = RequestQueue(requests, plan.rows, plan.program.tiers.shards)
+        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards, job.bucket)
         self._prompts: engine.Prefilled | None = None
         self._waiting: list[tuple[int, Request]] = []  # (row of the prefilled prompts, request)
         self._root = _put(plan.program.mesh, root_key(job.seed))
@@ -195,7 +208,7 @@ class _Feeder:
             chosen = self._choose(table)
             if not chosen or self._prompts is None:
                 break
-            new = jax.tree.map(functools.partial(_put, mesh), table.start(chosen, self._plan.rows))
+            new = _put_tree(mesh, table.start(chosen, self._plan.rows))
             state, first = engine.start(program, self._split, state, self._prompts, new, self._root)
             firsts.append(([slot for _, slot, _ in chosen], first))
         return state, firsts
@@ -211,10 +224,9 @@ class _Feeder:
         chosen: list[tuple[int, int, Request]] = []
         while self._waiting and len(chosen) < self._plan.rows:
             row, request = self._waiting[0]
-            slot = table.place(request)
+            slot = table.seat(request)
             if slot is None:
                 break
-            table.seat(slot, request)
             chosen.append((row, slot, request))
             self._waiting.pop(0)
         return chosen
@@ -223,6 +235,10 @@ class _Feeder:
 def _put(mesh: Mesh | None, host: Any) -> Any:
     # Not asarray: it compiles a program for every shape.
     return jax.device_put(host) if mesh is None else put_batch(mesh, host, sharded=False)
+
+
+def _put_tree(mesh: Mesh | None, tree: Any) -> Any:
+    return jax.tree.map(functools.partial(_put, mesh), tree)
 
 
 def _check(

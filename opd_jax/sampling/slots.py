@@ -12,7 +12,9 @@ from opd_jax.config import SamplingConfig
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.records import FinishReason
 from opd_jax.errors import ModelError
+from opd_jax.model.cache import PageTable
 from opd_jax.sampling.engine import First, Program, Round, Start
+from opd_jax.sampling.pager import Pager
 from opd_jax.sampling.queue import Request
 from opd_jax.sampling.stops import Text, stop_length
 from opd_jax.sampling.transforms import transform_of
@@ -59,9 +61,8 @@ class SlotTable:
         self._count_b = np.zeros(program.slots, np.int32)
         self._stopped_b = np.zeros(program.slots, bool)
         self._looked_b = np.zeros(program.slots, np.int32)  # tokens searched for stop strings
-        self._stuck: list[int] = []
-        tiers = program.tiers
-        self._tier_b = [tiers.tier_of(slot) for slot in range(program.slots)]
+        self._pager = Pager(program.pages)
+        self.stuck = 0  # slots whose sample waits for a page
 
     def settings(self, request: Request) -> SamplingConfig:
         """The request's own sampling settings, or those of all."""
@@ -73,11 +74,6 @@ class SlotTable:
         return [slot for slot, request in enumerate(self._requests) if request is None]
 
     @property
-    def stuck(self) -> int:
-        """Slots whose sample has outgrown them."""
-        return len(self._stuck)
-
-    @property
     def busy(self) -> bool:
         """Whether any slot holds a request."""
         return any(request is not None for request in self._requests)
@@ -86,31 +82,31 @@ class SlotTable:
         """bool [b]: slots without a request, whatever the device thinks."""
         return np.array([request is None for request in self._requests])
 
-    def place(self, request: Request) -> int | None:
-        """A free slot for a request: the shortest that holds the prompt and half of its limit.
+    def seat(self, request: Request) -> int | None:
+        """Give a request a free slot with pages for its prompt and one token, if there is one."""
+        tokens = len(request.prompt_ids) + (self.settings(request).max_new_tokens > 1)
+        slot = next((slot for slot in self.free if self._pager.holds(slot, tokens)), None)
+        if slot is not None:
+            self._pager.take(slot, tokens)
+            self._requests[slot], self._count_b[slot] = request, 0
+            self._stopped_b[slot], self._looked_b[slot] = False, 0
+        return slot
 
-        Where none is free, a longer one, unless a sample waits for that, or else a shorter one that
-        holds the prompt.
+    def pages(self) -> PageTable:
+        """Who has which page in the next round; before it, all get what they can need in it.
+
+        The longest come first: what holds the most pages is to end the soonest.
         """
-        lengths, prompt = self._program.tiers.lengths, len(request.prompt_ids)
-        likely = prompt + self.settings(request).max_new_tokens // 2
-        fitting = [tier for tier, length in enumerate(lengths) if length > prompt + 1]
-        if not fitting:
-            fitting = [len(lengths) - 1]  # of a response of one token, nothing is kept
-        best = next((tier for tier in fitting if lengths[tier] >= likely), fitting[-1])
-        longer = [] if self._stuck else [tier for tier in fitting if tier > best]
-        shorter = [tier for tier in reversed(fitting) if tier < best]
-        free = self.free
-        for tier in (best, *longer, *shorter):
-            slot = next((slot for slot in free if self._tier_b[slot] == tier), None)
-            if slot is not None:
-                return slot
-        return None
-
-    def seat(self, slot: int, request: Request) -> None:
-        """Give a request a free slot."""
-        self._requests[slot], self._count_b[slot] = request, 0
-        self._stopped_b[slot], self._looked_b[slot] = False, 0
+        wanted: list[tuple[int, int, int]] = []  # (tokens now, slot, tokens after the round)
+        for slot, request in enumerate(self._requests):
+            if request is not None:
+                prompt, limit = len(request.prompt_ids), self.settings(request).max_new_tokens
+                now = prompt + max(int(self._count_b[slot]), 1) - 1
+                most = min(now + self._program.round_steps, prompt + limit - 1)
+                wanted.append((now, slot, most))
+        for _, slot, most in sorted(wanted, reverse=True):
+            self._pager.take(slot, most)
+        return self._pager.table()
 
     def start(self, chosen: Sequence[tuple[int, int, Request]], rows: int) -> Start:
         """What `engine.start` wants to know of (row of the prompt, slot, request)."""
@@ -121,9 +117,11 @@ class SlotTable:
         def column(values: Sequence[int], fill: int) -> Any:
             return np.array([*values, *[fill] * padding], np.int32)
 
+        slot_p = column([slot for _, slot, _ in chosen], self._program.slots)
         return Start(
             source_p=column([row for row, _, _ in chosen], 0),
-            slot_p=column([slot for _, slot, _ in chosen], self._program.slots),
+            slot_p=slot_p,
+            pages_lp=self._pager.places(slot_p),
             prompt_p=column([stable_hash(r.prompt_id) for r in requests], 0),
             index_p=column([r.sample_index for r in requests], 0),
             limit_p=column([s.max_new_tokens for s in settings[: len(chosen)]], 1),
@@ -150,9 +148,7 @@ class SlotTable:
         self._logprobs[:, slot, column] = drawn[:, row, slot]
         self._count_b = count_b.copy()
         self._find_stops()
-        self._stuck = [
-            int(slot) for slot in np.flatnonzero(seen.stuck_b) if not self._stopped_b[slot]
-        ]
+        self.stuck = int(np.sum(np.asarray(seen.stuck_b) & ~self._stopped_b))
 
     def _find_stops(self) -> None:
         """Cut responses whose text contains a stop string."""
@@ -171,32 +167,6 @@ class SlotTable:
             if n is not None:
                 self._count_b[slot], self._stopped_b[slot] = n, True
 
-    def moves(self, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Stuck samples that find a free longer slot, at most `rows`: from where to where."""
-        pairs: list[tuple[int, int]] = []
-        for slot in list(self._stuck):
-            free = [to for to in self.free if self._tier_b[to] > self._tier_b[slot]]
-            if not free or len(pairs) == rows:
-                continue
-            to = min(free, key=lambda other: (self._tier_b[other], other))
-            pairs.append((slot, to))
-            self._stuck.remove(slot)
-            for column in (
-                self._tokens,
-                self._logprobs[0],
-                self._logprobs[1],
-                self._count_b,
-                self._looked_b,
-            ):
-                column[to] = column[slot]
-            self._requests[to], self._requests[slot] = self._requests[slot], None
-            self._stopped_b[to] = False
-        if not pairs:
-            return None
-        pairs += [(self._program.slots, self._program.slots)] * (rows - len(pairs))
-        source, target = np.array(pairs, np.int32).T
-        return source, target
-
     def harvest(self, seen: Round) -> list[Sample]:
         """Empty the slots that finished."""
         finished = np.asarray(seen.done_b) & ~np.asarray(seen.broken_b) | self._stopped_b
@@ -207,6 +177,7 @@ class SlotTable:
                 samples.append(self._sample(int(slot), request))
                 self._requests[slot] = None
                 self._stopped_b[slot] = False
+                self._pager.release(int(slot))
         return samples
 
     def _sample(self, slot: int, request: Request) -> Sample:

@@ -16,6 +16,9 @@ import numpy as np
 
 from opd_jax.config import SamplingConfig
 
+DIRECT = 1024  # most tokens of a vocabulary that is drawn from in one go
+BLOCK = 128  # tokens of a block
+
 
 class Transform(NamedTuple):
     """How each row's distribution is bent before a token is drawn.
@@ -70,6 +73,9 @@ def transform_of(samplings: Iterable[SamplingConfig]) -> Transform:
 def draw(keys_b: jax.Array, bent_bv: jax.Array, greedy_b: jax.Array, uses: Uses) -> jax.Array:
     """One token per row, int32: the largest of bent logits plus Gumbel noise, in float32.
 
+    Of a large vocabulary first a block of tokens is drawn, by the sums of their probabilities, then
+    a token of it: the same distribution, with noise for the blocks and for one block.
+
     Args:
         keys_b: one typed key per row; a row's token depends on its own key and logits alone.
         bent_bv: of `bend`.
@@ -77,12 +83,31 @@ def draw(keys_b: jax.Array, bent_bv: jax.Array, greedy_b: jax.Array, uses: Uses)
     """
     if not uses.noise:
         return _argmax(bent_bv)
-    shape = bent_bv.shape[1:]
+    b, v = bent_bv.shape
+    if v <= DIRECT:
+        return _noisy_argmax(keys_b, bent_bv, greedy_b, uses)
+    padding = ((0, 0), (0, -v % BLOCK))
+    bent_bnm = jnp.pad(bent_bv, padding, constant_values=-jnp.inf).reshape(b, -1, BLOCK)
+    top_bn = jnp.max(bent_bnm, axis=-1)
+    top_b1 = jnp.max(top_bn, axis=-1, keepdims=True)
+    block_bn = jnp.log(jnp.sum(jnp.exp(bent_bnm - top_b1[..., None]), axis=-1))
+    if uses.temperature:
+        block_bn = jnp.where(greedy_b[:, None], top_bn, block_bn)
+    outer_b, inner_b = (jax.vmap(jax.random.fold_in, (0, None))(keys_b, i) for i in (0, 1))
+    block_b = _noisy_argmax(outer_b, block_bn, greedy_b, uses)
+    inside_bm = jnp.take_along_axis(bent_bnm, block_b[:, None, None], axis=1)[:, 0]
+    return BLOCK * block_b + _noisy_argmax(inner_b, inside_bm, greedy_b, uses)
+
+
+def _noisy_argmax(
+    keys_b: jax.Array, score_bv: jax.Array, greedy_b: jax.Array, uses: Uses
+) -> jax.Array:
+    shape = score_bv.shape[1:]
     noise_bv = jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32))(keys_b)
     if uses.temperature:
         noise_bv = jnp.where(greedy_b[:, None], 0.0, noise_bv)
     # The barrier keeps XLA from computing the noise again in each reduction that reads the sum.
-    return _argmax(jax.lax.optimization_barrier(bent_bv + noise_bv))
+    return _argmax(jax.lax.optimization_barrier(score_bv + noise_bv))
 
 
 def _argmax(x_bv: jax.Array) -> jax.Array:

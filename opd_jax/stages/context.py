@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from jax.sharding import Mesh
 
 from opd_jax.config import Config
@@ -19,7 +18,7 @@ from opd_jax.data.prompts import Prompt, load_prompts
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.errors import DataError
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.load import architecture_of, read_model
+from opd_jax.model.load import architecture_of, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.stages.records import Json, StageRecords, read_json, write_json
 from opd_jax.teacher.consistency import check_same_tokenizer, check_vocabulary_rows
@@ -58,10 +57,7 @@ class RunContext:
     @functools.cached_property
     def compute_dtype(self) -> str:
         """`auto` resolved: bfloat16 on accelerators, float32 on CPU."""
-        wanted = self.config.model.compute_dtype
-        if wanted != "auto":
-            return wanted
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return resolve_dtype(self.config.model.compute_dtype)
 
     def numerics(self) -> Json:
         """The precisions, as inputs of every stage that runs a model."""

@@ -2,7 +2,8 @@ import json
 
 import pytest
 from tiny_gguf import write_gguf
-from tiny_tokenizers import MERGES, TEMPLATE, tokens, write_tokenizer
+from tiny_tokenizers import MERGES, TEMPLATE, backend, tokens, write_tokenizer
+from tokenizers import processors
 
 from opd_jax.data.tokenizer import load_tokenizer
 from opd_jax.errors import DataError, ModelError
@@ -195,3 +196,30 @@ def test_a_saved_tokenizer_names_every_end_token(tmp_path, generation):
     loaded.save(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == (generation or {}) | {"eos_token_id": list(loaded.end_ids)}
+
+
+def test_a_text_is_read_behind_the_beginning_token_where_the_tokenizer_puts_it(tmp_path, tokenizer):
+    assert tokenizer.encode_opening("hello 1") == tokenizer.encode("hello 1")
+    folder = write_tokenizer(tmp_path / "hf", bos_token="<|start|>")
+    assert load_tokenizer(folder).encode_opening("hello") == tokenizer.encode("hello")
+    built, start = backend(), backend().token_to_id("<|start|>")
+    built.post_processor = processors.TemplateProcessing(
+        "<|start|> $A <|end|>",
+        special_tokens=[(text, built.token_to_id(text)) for text in ("<|start|>", "<|end|>")],
+    )
+    built.save(str(folder / "tokenizer.json"))
+    begin = {"tokenizer.ggml.bos_token_id": start, "tokenizer.ggml.add_bos_token": True}
+    write_gguf(tmp_path / "m.gguf", extra=begin)
+    for path in (folder, tmp_path / "m.gguf"):
+        loaded = load_tokenizer(path)
+        assert loaded.encode("hello") == tokenizer.encode("hello")
+        assert loaded.encode_opening("hello") == [start, *tokenizer.encode("hello")]
+        assert loaded.encode_opening("<|start|>hello") == [start, *tokenizer.encode("hello")]
+
+
+def test_a_tokenizer_without_a_template_encodes_texts_alone(tmp_path):
+    folder = write_tokenizer(tmp_path, template=None)
+    loaded = load_tokenizer(folder, chats=False)
+    assert loaded.decode(loaded.encode_opening("hello")) == "hello"
+    with pytest.raises(DataError, match=r"has no chat template, .* give a text, or add chat_templ"):
+        loaded.encode_chat([{"role": "user", "content": "hello"}])

@@ -16,7 +16,8 @@ from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh, replicated
 from opd_jax.fit.topology import devices_of
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.decode import Tiers, cache_token_bytes, split_layers
+from opd_jax.model.cache import Pages, PageTable, cache_token_bytes
+from opd_jax.model.decode import split_layers
 from opd_jax.model.transformer import LanguageModel
 from opd_jax.sampling import engine
 from opd_jax.sampling.transforms import Transform, Uses
@@ -99,13 +100,16 @@ def compiled_programs(program, tokens):
     prompts = array((ROWS, tokens)), array((ROWS,))
     prefill, prefilled = compile_(engine.prefill, program, params, *prompts)
     ints, floats = array((ROWS,)), array((ROWS,), jnp.float32)
-    new = engine.Start(*[ints] * 6, Transform(floats, ints, floats, floats))
+    new = engine.Start(
+        ints, ints, (ints, ints), *[ints] * 4, Transform(floats, ints, floats, floats)
+    )
     root = array((2,), jnp.uint32)
     start = compile_(engine.start, program, split, state, prefilled, new, root)[0]
     wake, halt = array(()), array((program.slots,), jnp.bool_)
-    decode = compile_(engine.decode_round, program, split, state, wake, halt)[0]
-    move = compile_(engine.move, program, state, ints, ints)[0]
-    return {"prefill": prefill, "start": start, "decode": decode, "move": move}
+    shards, (rows, more) = program.pages.shards, program.pages.counts
+    table = PageTable((array((shards, more)),), (array((shards, rows)),))
+    decode = compile_(engine.decode_round, program, split, state, table, wake, halt)[0]
+    return {"prefill": prefill, "start": start, "decode": decode}
 
 
 def main(target: str, case: str) -> None:
@@ -113,15 +117,17 @@ def main(target: str, case: str) -> None:
     mesh = make_mesh(sizes, devices_of(target)[:8])
     model = LanguageModel(arch, "bfloat16", mesh=mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    tiers = Tiers((1, 1), (512, 1024), shards)
+    pages = Pages((2, 1), 512, shards)
     uses = Uses(temperature=True, top_p=True)
-    program = engine.Program(model, tiers, uses, (151645,), mesh, 64)
+    program = engine.Program(model, pages, uses, (151645,), mesh, 64)
     programs = compiled_programs(program, PROMPT)
     memory = {name: compiled.memory_analysis() for name, compiled in programs.items()}
     report = {
         "devices": mesh.size,
         "hidden_bytes": 4 * program.slots * arch.embed_dim,
-        "cache_bytes": tiers.tokens * cache_token_bytes(model) // shards // mesh.shape["tensor"],
+        "vocabulary": arch.vocab_size,
+        "slots": program.slots,
+        "cache_bytes": pages.tokens * cache_token_bytes(model) // shards // mesh.shape["tensor"],
         "collectives": collectives(programs["decode"].as_text()),
         "programs": {
             name: {"alias_bytes": x.alias_size_in_bytes, "temp_bytes": x.temp_size_in_bytes}

@@ -1,11 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from caches import filled
 
-from opd_jax.model.decode import Tiers, decode, empty_cache, insert_rows, split_layers
+from opd_jax.model.cache import Pages, empty_cache
+from opd_jax.model.decode import decode, split_layers
+from opd_jax.sampling.pager import Pager
 from tests.sampling.reference import random_params, tiny_model
 
-TIERS = Tiers((2, 2), (10, 12))
+PAGES = Pages((4, 3, 2), 5)
 
 
 def test_decode_and_prefill_together_are_the_whole_forward():
@@ -16,11 +20,10 @@ def test_decode_and_prefill_together_are_the_whole_forward():
     forward = jax.jit(lambda tokens: model.forward(params, tokens, position_bt))
     whole = forward(tokens_bt)
     rows, lengths = jnp.array([2, 9, 0]), jnp.array([7, 4, 5])  # the second row is dropped
-    cache = insert_rows(TIERS, empty_cache(model, TIERS), (whole.keys, whole.values), rows, lengths)
+    cache, table = filled(model, PAGES, (whole.keys, whole.values), rows, lengths, 12)
     assert cache.lengths_b.tolist() == [5, 0, 7, 0]
-    step = jax.jit(
-        lambda tokens, cache: decode(model, TIERS, split_layers(model, params), tokens, cache)
-    )
+    split = split_layers(model, params)
+    step = jax.jit(lambda tokens, cache: decode(model, PAGES, split, tokens, cache, table))
     for i in range(4):
         tokens_b = jnp.array([tokens_bt[2, 5 + i], 0, tokens_bt[0, 7 + i], 0])
         hidden_bd, cache = step(tokens_b, cache)
@@ -28,20 +31,23 @@ def test_decode_and_prefill_together_are_the_whole_forward():
         np.testing.assert_allclose(hidden_bd[2], whole.hidden_btd[0, 7 + i], atol=1e-5)
 
 
-def test_decoding_in_place_copies_no_cache():
+@pytest.mark.parametrize("pages", [Pages((3, 1), 24), Pages((1,), 24)], ids=str)
+def test_decoding_in_place_copies_no_cache(pages):
     model = tiny_model()
-    params, tiers = split_layers(model, random_params(model)), Tiers((3,), (24,))
+    params, table = split_layers(model, random_params(model)), Pager(pages).table()
+    tokens_b = jnp.zeros(pages.rows, jnp.int32)
 
     def loop(cache):
         def body(carry):
             i, cache = carry
-            cache = decode(model, tiers, params, jnp.zeros(3, jnp.int32), cache)[1]
+            cache = decode(model, pages, params, tokens_b, cache, table)[1]
             return i + 1, cache
 
         return jax.lax.while_loop(lambda carry: carry[0] < 8, body, (0, cache))[1]
 
-    program = jax.jit(loop, donate_argnums=0).lower(empty_cache(model, tiers)).compile()
-    for shape in ("f32[3,2,24,8]", "f32[3,2,8,24]"):
+    program = jax.jit(loop, donate_argnums=0).lower(empty_cache(model, pages)).compile()
+    shapes = [f"f32[{n},2,{sizes}]" for n in pages.sizes for sizes in ("24,8", "8,24")]
+    for shape in shapes:
         lines = [line for line in program.as_text().splitlines() if f"= {shape}" in line]
         assert lines
         assert not [line for line in lines if " copy(" in line]

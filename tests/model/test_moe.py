@@ -5,13 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import filled
 from models import tiny
 from oracles import mixture_of_experts
 
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import ConfigError
-from opd_jax.model.decode import Tiers, decode, empty_cache, insert_rows, split_layers
+from opd_jax.model.cache import Pages
+from opd_jax.model.decode import decode, split_layers
 from opd_jax.model.moe import (
     RouterSums,
     Routing,
@@ -123,10 +125,10 @@ def test_prefix_in_a_cache_then_single_tokens_equal_the_whole(mesh):
     whole = forward(model, params, tokens, positions)
     first = forward(model, params, tokens[:, :3], positions[:, :3])
     rows, lengths = np.arange(4, dtype=np.int32), np.full(4, 3, np.int32)
-    tiers = Tiers((4,), (8,)) if mesh is None else Tiers((1, 1), (6, 8), shards=2)
-    cache = insert_rows(tiers, empty_cache(model, tiers), (first.keys, first.values), rows, lengths)
+    pages = Pages((4,), 8) if mesh is None else Pages((2, 2), 4, shards=2)
+    cache, table = filled(model, pages, (first.keys, first.values), rows, lengths, 6)
     split = split_layers(model, params)
-    step = jax.jit(lambda token_b, cache: decode(model, tiers, split, token_b, cache))
+    step = jax.jit(lambda token_b, cache: decode(model, pages, split, token_b, cache, table))
     for t in range(3, 6):
         hidden_bd, cache = step(tokens[:, t], cache)
         np.testing.assert_allclose(hidden_bd, whole.hidden_btd[:, t], atol=1e-5)

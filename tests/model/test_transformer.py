@@ -2,12 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import filled
 from models import tiny
 
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import constrain, make_mesh, sharding_for
 from opd_jax.errors import ConfigError
-from opd_jax.model.decode import Tiers, decode, empty_cache, insert_rows, split_layers
+from opd_jax.model.cache import Pages
+from opd_jax.model.decode import decode, split_layers
 from opd_jax.model.transformer import LanguageModel
 
 KINDS = [{}, {"qkv_bias": True, "qk_norm": False}, {"qk_norm": False, "tie_embeddings": False}]
@@ -29,11 +31,11 @@ def test_prefix_in_a_cache_then_single_tokens_equal_the_whole(kind, cut):
     whole = forward(model, params, tokens, positions)
     first = forward(model, params, tokens[:, :cut], positions[:, :cut])
     rows, lengths = np.arange(2, dtype=np.int32), np.full(2, cut, np.int32)
-    tiers = Tiers((1, 1), (10, 12))
-    cache = insert_rows(tiers, empty_cache(model, tiers), first[1:3], rows, lengths)
+    pages = Pages((2, 2), 5)
+    cache, table = filled(model, pages, first[1:3], rows, lengths, 10)
     split = split_layers(model, params)
     for t in range(cut, 10):
-        hidden_bd, cache = decode(model, tiers, split, tokens[:, t], cache)
+        hidden_bd, cache = decode(model, pages, split, tokens[:, t], cache, table)
         np.testing.assert_allclose(hidden_bd, whole.hidden_btd[:, t], atol=1e-5)
 
 

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 
 from opd_jax.config import SamplingConfig
-from opd_jax.model.decode import Tiers
+from opd_jax.model.cache import Pages
 from opd_jax.sampling.keys import root_key
 from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 from tests.sampling.reference import random_params, tiny_model
-from tests.sampling.test_requests import with_tiers
+from tests.sampling.test_requests import with_pages
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -50,7 +50,7 @@ def test_a_ragged_run_compiles_no_more_programs_than_its_plan_says():
     params = random_params(model)
     requests = ragged(60, prompts=32, limits=(1, 70))
     job = SamplingJob(model, params, SamplingConfig(slots=32), (), 7)
-    plan = with_tiers(plan_for(job, requests), Tiers((16, 16), (64, 128)))
+    plan = with_pages(plan_for(job, requests), Pages((32, 8), 64))
     root_key(7)  # what every process compiles once
     with counted() as programs:
         assert len(list(generate(job, requests, plan))) == len(requests)

@@ -7,8 +7,8 @@ import pytest
 
 from opd_jax.config import SamplingConfig
 from opd_jax.errors import ConfigError
-from opd_jax.model.decode import Tiers
-from opd_jax.sampling import engine, plan
+from opd_jax.model.cache import Pages
+from opd_jax.sampling import plan
 from opd_jax.sampling.queue import Request, RequestQueue, bucket_of
 from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 from opd_jax.sampling.stops import stop_length
@@ -152,36 +152,51 @@ def test_buckets_hold_the_prompt_and_pad_by_less_than_a_half():
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_sample_that_outgrows_its_slot_goes_on_in_a_longer_one(model_and_params, shards):
-    """In slots of one length and in slots of three, of which the first are short."""
+def test_samples_have_the_same_bits_however_few_pages_there_are(model_and_params, shards):
+    """With a page of every level for each slot, and with so few that samples wait for them."""
     model, params = model_and_params
     sampling = SamplingConfig(max_new_tokens=140, min_new_tokens=130, slots=8)
     requests = requests_of(6, 3)
-    job = SamplingJob(model, params, sampling, END, 7, letters)
-    roomy = plan_for(job, requests)
-    one = with_tiers(roomy, Tiers((8 // shards,), (192,), shards))
-    many = with_tiers(roomy, Tiers((4 // shards, 2 // shards, 2 // shards), (64, 128, 192), shards))
-    moves = engine.move._cache_size()
-    wanted, found = (run(model, params, sampling, requests, p) for p in (one, many))
-    assert engine.move._cache_size() > moves
+    roomy = plan_for(SamplingJob(model, params, sampling, END, 7, letters), requests)
+    rows = 8 // shards
+    full = with_pages(roomy, Pages((rows, rows, rows), 64, shards))
+    few = with_pages(roomy, Pages((rows, rows // 2, 1), 64, shards))
+    wanted, found = (run(model, params, sampling, requests, p) for p in (full, few))
+    for key, sample in wanted.items():
+        assert sample.token_ids.tolist() == found[key].token_ids.tolist()
+        np.testing.assert_array_equal(sample.logprobs, found[key].logprobs)
+
+
+def test_a_prompt_of_several_pages_starts_in_them(model_and_params):
+    model, params = model_and_params
+    sampling = SamplingConfig(max_new_tokens=40, min_new_tokens=40, slots=4)
+    requests = [Request(str(n), 0, np.arange(n, dtype=np.int32) % 23) for n in (15, 16, 17, 49)]
+    roomy = plan_for(SamplingJob(model, params, sampling, END, 7, letters), requests)
+    one, many = Pages((4,), 128), Pages((4, 4, 3, 2, 2, 1), 16)
+    wanted, found = (
+        run(model, params, sampling, requests, with_pages(roomy, p)) for p in (one, many)
+    )
     for key, sample in wanted.items():
         assert sample.token_ids.tolist() == found[key].token_ids.tolist()
         np.testing.assert_allclose(sample.logprobs, found[key].logprobs, atol=1e-5)
 
 
-def with_tiers(made, tiers):
-    cache = dataclasses.replace(made.cache, tiers=tiers)
-    program = dataclasses.replace(made.program, tiers=tiers)
+def with_pages(made, pages):
+    cache = dataclasses.replace(made.cache, pages=pages)
+    program = dataclasses.replace(made.program, pages=pages)
     return dataclasses.replace(made, cache=cache, program=program)
 
 
-def test_mixed_lengths_take_half_of_what_equal_slots_take():
+def test_mixed_lengths_do_not_pay_for_the_longest():
     model = tiny_model(max_position=8192)
-    made = plan.plan_cache(model, 64, [200] * 100, [4096] * 100, tiers=3)
-    assert made.tiers.total == 64
-    assert made.tiers.lengths[-1] >= 200 + 4096
-    assert made.total_bytes < 0.6 * 64 * made.tiers.lengths[-1] * made.token_bytes
+    made = plan.plan_cache(model, 64, [200] * 100, [0] * 100, [4096] * 100)
+    pages = made.pages
+    assert pages.rows == 64
+    assert pages.length * len(pages.counts) >= 200 + 4096
+    assert made.total_bytes < 0.65 * 64 * 4296 * made.token_bytes
     assert made.token_bytes == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
+    certain = plan.plan_cache(model, 64, [200] * 100, [4096] * 100, [4096] * 100)
+    assert certain.pages.counts == (64,) * len(pages.counts)  # all get as long
 
 
 def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params, monkeypatch):
@@ -189,7 +204,7 @@ def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params,
     monkeypatch.setattr(plan, "free_bytes", lambda mesh: 1000.0)
     job = SamplingJob(model, params, SamplingConfig(max_new_tokens=4, slots=2), END, 0)
     wanted = (
-        r"2 slots \(2 of 64 tokens\) x 256 bytes a token = 32.0 KiB of keys and values, "
+        r"2 slots, 2 pages of 64 tokens x 256 bytes a token = 32.0 KiB of keys and values, "
         r"16.0 KiB a slot, but 1,000 bytes are free; lower slots or max_new_tokens"
     )
     with pytest.raises(ConfigError, match=wanted):

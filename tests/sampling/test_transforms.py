@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from opd_jax.config import SamplingConfig
 from opd_jax.core.rng import key_for, stable_hash
+from opd_jax.sampling import transforms
 from opd_jax.sampling.keys import root_key, sample_keys, token_keys
 from opd_jax.sampling.transforms import bend, draw, transform_of, uses_of
 from tests.sampling.reference import bent_probs
@@ -40,11 +41,22 @@ def drawn(keys, logits_bv, **settings):
     return draw(keys, bent_bv, transform.temperature_b == 0, uses)
 
 
+WAYS = pytest.mark.parametrize("direct", [7, 6], ids=["direct", "by blocks"])
+
+
+def set_way(monkeypatch, direct):
+    """Draw from the whole vocabulary, or first a block of three tokens."""
+    monkeypatch.setattr(transforms, "DIRECT", direct)
+    monkeypatch.setattr(transforms, "BLOCK", 3)
+
+
 CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}
 
 
 @pytest.mark.parametrize("name", BENDS)
-def test_frequencies_are_the_exact_ones(name):
+@WAYS
+def test_frequencies_are_the_exact_ones(name, direct, monkeypatch):
+    set_way(monkeypatch, direct)
     keys = jax.random.split(key_for(0, "test", name), DRAWS)
     logits_bv = jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS)))
     token_b = np.asarray(drawn(keys, logits_bv, **BENDS[name]))
@@ -57,10 +69,19 @@ def test_frequencies_are_the_exact_ones(name):
     assert chi_square < CHI_SQUARE_999[possible.sum() - 1]
 
 
-def test_greedy_is_the_likeliest_token():
-    keys = jax.random.split(key_for(0, "test"), 3)
-    rows_bv = jnp.stack([jnp.roll(LOGITS, shift) for shift in (0, 2, 5)])
-    assert drawn(keys, rows_bv, temperature=0.0).tolist() == [0, 2, 5]
+@WAYS
+def test_greedy_is_the_likeliest_token_whatever_the_others_draw(direct, monkeypatch):
+    set_way(monkeypatch, direct)
+    # The likeliest token is not in the likeliest block.
+    logits_v = np.array([0.0, 0.9, 0.9, 0.9, 1.0, -9.0, -9.0], np.float32)
+    samplings = [SamplingConfig(temperature=0.0), SamplingConfig()] * 50
+    transform, uses = transform_of(samplings), uses_of(samplings)
+    keys = jax.random.split(key_for(0, "test"), len(samplings))
+    bent_bv = bend(jnp.broadcast_to(logits_v, (len(samplings), 7)), transform, uses)
+    token_b = draw(keys, bent_bv, transform.temperature_b == 0, uses)
+    assert set(token_b[::2].tolist()) == {4}
+    assert len(set(token_b[1::2].tolist())) > 2
+    assert drawn(keys, jnp.asarray(logits_v)[None], temperature=0.0).tolist() == [4]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,239 @@
+"""A model to sample from by hand: texts, chats or token ids in, samples or a stream of text out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
+
+import numpy as np
+from jax.sharding import Mesh
+from pydantic import ValidationError
+
+from opd_jax.config import SamplingConfig
+from opd_jax.config_errors import describe
+from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from opd_jax.errors import ConfigError, DataError
+from opd_jax.model.decode import split_layers
+from opd_jax.model.load import read_model, resolve_dtype
+from opd_jax.model.transformer import LanguageModel, Params
+from opd_jax.sampling.queue import Request, bucket_of, coarse_bucket_of
+from opd_jax.sampling.sampler import ROUND_STEPS, Plan, SamplingJob, generate, plan_for, rounds
+from opd_jax.sampling.slots import Sample
+from opd_jax.sampling.text_stream import TextStream, with_shown_text
+
+Messages = Sequence[Mapping[str, str]]
+PromptLike = str | Sequence[int] | np.ndarray | Messages
+"""A text, its token ids, or a chat: `[{"role": "user", "content": "Hello"}]`."""
+
+_PART = (int, np.integer, Mapping)  # what a list that is one prompt holds
+
+
+class _Shapes(NamedTuple):
+    """How lengths are rounded up, so that calls of about the same lengths share programs."""
+
+    round_steps: int
+    bucket: Callable[[int], int]
+    least_length: int = 0  # of prompt and response together
+
+
+_BATCH = _Shapes(ROUND_STEPS, bucket_of)
+_STREAM = _Shapes(round_steps=4, bucket=coarse_bucket_of, least_length=1024)
+
+
+class Settings(TypedDict, total=False):
+    """What `SamplingConfig` holds, whose defaults and bounds they have.
+
+    Without `max_new_tokens`, a response has at most what room the model's positions leave.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    max_new_tokens: int
+    min_new_tokens: int
+    stop: str | Sequence[str]
+    slots: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with its parameters and tokenizer.
+
+    A text is read as the beginning of a document, a chat through the model's chat template. For
+    what a template is asked beyond the messages, hand in the ids of `tokenizer.encode_chat`.
+    """
+
+    model: LanguageModel
+    params: Params = field(repr=False)
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        mesh: Mesh | None = None,
+        compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        param_dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> Self:
+        """Read a Hugging Face folder or a .gguf file.
+
+        Args:
+            mesh: devices to spread the model and its samples over; `None`: the first one.
+            compute_dtype: `auto`: bfloat16 on accelerators, float32 on CPU.
+            param_dtype: `None`: as `compute_dtype`.
+
+        Raises:
+            ModelError: it is missing, damaged or not supported.
+        """
+        compute = resolve_dtype(compute_dtype)
+        model, params = read_model(path, param_dtype or compute, compute, mesh=mesh)
+        tokenizer = load_tokenizer(path, chats=False)
+        tokenizer.check_vocabulary(model.arch.vocab_size, path)
+        return cls(model, params, tokenizer)
+
+    def sample(
+        self,
+        prompts: Sequence[PromptLike],
+        n: int = 1,
+        *,
+        seed: int = 0,
+        ids: Sequence[str] | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Sample]:
+        """`n` responses to every prompt, those of the first prompt first.
+
+        A sample depends on its prompt, the settings, the seed, the prompt's id and the sample's
+        index, not on what else is sampled. Its text ends before a stop string.
+
+        Args:
+            ids: of the prompts; `None`: "0", "1", ...
+
+        Raises:
+            DataError: a prompt that is none, or too long for the model.
+            ConfigError: a setting that is unknown or out of bounds, or too little memory.
+        """
+        given: list[Any] = list(prompts)
+        if isinstance(prompts, str) or (given and isinstance(given[0], _PART)):
+            raise DataError(f"sampling: prompts={prompts!r:.60} is one prompt; give a list of them")
+        if type(n) is not int or n < 1:
+            raise ConfigError(f"sampling: n={n!r}; ask for at least 1 sample of a prompt")
+        if not given:
+            return []
+        names = [str(i) for i in range(len(given))] if ids is None else list(ids)
+        if len(set(names)) != len(given) or len(names) != len(given):
+            raise DataError(
+                f"sampling: {len(names)} ids, {len(set(names))} different ones, for {len(given)} "
+                "prompts; give every prompt its own id"
+            )
+        encoded = [self._encode(*pair) for pair in zip(given, names, strict=True)]
+        wanted = [Request(x, j, e) for x, e in zip(names, encoded, strict=True) for j in range(n)]
+        job, plan = self._prepare(wanted, settings, seed, _BATCH)
+        found = {_key(sample.request): sample for sample in generate(job, wanted, plan)}
+        stops = job.sampling.stop
+        return [with_shown_text(found[_key(r)], stops, self.tokenizer.decode) for r in wanted]
+
+    def stream(
+        self,
+        prompt: PromptLike,
+        *,
+        seed: int = 0,
+        prompt_id: str = "0",
+        sample_index: int = 0,
+        **settings: Unpack[Settings],
+    ) -> TextStream:
+        """The text of one response in pieces, while it is drawn; its sample is that of `sample`.
+
+        Raises:
+            DataError, ConfigError: as `sample`, before anything is drawn.
+        """
+        request = Request(prompt_id, sample_index, self._encode(prompt, prompt_id))
+        settings = {**settings, "slots": 1}
+        job, plan = self._prepare([request], settings, seed, _STREAM)
+        begin = functools.partial(rounds, job, [request], plan)
+        return TextStream(begin, self.tokenizer.decode, job.sampling.stop)
+
+    @functools.cached_property
+    def _split(self) -> Params:
+        return split_layers(self.model, self.params)
+
+    def _prepare(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        seed: int,
+        shapes: _Shapes,
+    ) -> tuple[SamplingJob, Plan]:
+        longest = max((len(r.prompt_ids) for r in requests), default=0)
+        positions = self.model.arch.max_position
+        sampling = _checked(settings, positions - longest)
+        job = SamplingJob(
+            self.model,
+            self.params,
+            sampling,
+            self.tokenizer.end_ids,
+            seed,
+            self.tokenizer.decode,
+            shapes.round_steps,
+            bucket=shapes.bucket,
+        )
+        length = shapes.bucket(max(longest + sampling.max_new_tokens, shapes.least_length))
+        room = min(length, positions) - sampling.max_new_tokens
+        plan = plan_for(job, [_widened(r, longest, room) for r in requests])
+        return dataclasses.replace(job, split=self._split), plan
+
+    def _encode(self, prompt: PromptLike, name: str) -> np.ndarray:
+        """int32 token ids of a prompt."""
+        if isinstance(prompt, str):
+            return np.array(self.tokenizer.encode_opening(prompt), np.int32)
+        given: Any = prompt
+        parts: list[Any] = list(given) if isinstance(given, Iterable) else [""]
+        if parts and all(map(_is_message, parts)):
+            return np.array(self.tokenizer.encode_chat(parts), np.int32)
+        if all(isinstance(part, int | np.integer) for part in parts):
+            # What int32 does not hold is outside every vocabulary, and is refused as such.
+            return np.clip(np.array(parts, np.int64), -1, np.iinfo(np.int32).max).astype(np.int32)
+        raise DataError(
+            f"sampling: prompt '{name}' is {prompt!r:.60}; give a text, a list of token ids, or a "
+            "list of messages with 'role' and 'content'"
+        )
+
+
+def _checked(settings: Settings, room: int) -> SamplingConfig:
+    """The settings with defaults; without a limit of their own, one that fits the room."""
+    values: dict[str, Any] = dict(settings)
+    if "samples_per_prompt" in values:
+        raise ConfigError("sampling: unknown key 'samples_per_prompt'; give n")
+    if isinstance(stop := values.get("stop"), str):
+        values["stop"] = (stop,)
+    try:
+        sampling = SamplingConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, "sampling", {}, SamplingConfig)) from None
+    if "max_new_tokens" in values:
+        return sampling
+    most = max(min(sampling.max_new_tokens, room), sampling.min_new_tokens, 1)
+    return sampling.model_copy(update={"max_new_tokens": most})
+
+
+def _widened(request: Request, longest: int, room: int) -> Request:
+    """For planning: a request of the greatest length, with a prompt that fills the room."""
+    missing = room - longest
+    if len(request.prompt_ids) < longest or missing <= 0:
+        return request
+    return dataclasses.replace(request, prompt_ids=np.pad(request.prompt_ids, (0, missing)))
+
+
+def _key(request: Request) -> tuple[str, int]:
+    return request.prompt_id, request.sample_index
+
+
+def _is_message(part: Any) -> bool:
+    return isinstance(part, Mapping) and all(
+        isinstance(part.get(key), str) for key in ("role", "content")
+    )
