@@ -77,8 +77,8 @@ class Plan:
 
     @property
     def programs(self) -> int:
-        """The most programs that are compiled: two for each bucket, and those of the slots."""
-        return 2 * self.buckets + 2
+        """The most programs that are compiled: two for each bucket, and those of weights and slots."""
+        return 2 * self.buckets + 3
 
     def __str__(self) -> str:
         return f"{self.cache}; at most {self.programs} programs"
