@@ -142,9 +142,8 @@ class LanguageModel:
 
     def _map(self, leaf: Any) -> Params:
         """Apply `leaf(name, param)` to every declared parameter."""
-        flat = nnx.to_flat_state(_declaration(self.arch))
         tree: Params = {}
-        for path, param in flat:
+        for path, param in nnx.to_flat_state(_declaration(self.arch)):
             *parents, name = map(str, path)
             node = tree
             for key in parents:
@@ -204,13 +203,12 @@ class LanguageModel:
     ) -> ForwardOutput:
         """Run the decoder on whole sequences (`model.decode` adds single tokens to a cache).
 
-        Within a segment, tokens lie in the order of their positions.
-
         Args:
             params: as `abstract` describes them.
             tokens_bt: int32.
             positions_bt: int32, their positions in their sequences.
-            segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
+            segments_bt: int32; tokens attend within their segment, where they lie in the order of
+                their positions. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
         x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype)
@@ -303,8 +301,7 @@ def run_layer(
         mix: from queries, keys and values of these tokens to the attention output, and to the keys
             and values to keep.
         counted_bt: bool, tokens that the router's sums count. `None`: all.
-        times: the product with dense weights, called as `linear` is.
-        spread: as `moe_mlp` takes it.
+        times: the product with dense weights, called as `linear` is; `spread`: of `moe_mlp`.
 
     Returns:
         the new hidden states, what `mix` kept, and a sparse layer's router sums.

@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def programs(self) -> int:
-        """The most programs that are compiled: two for each bucket, and those of the slots."""
+        """The most programs that are compiled: two for each bucket, those of weights and slots."""
         return 2 * self.buckets + 3
 
     def __str__(self) -> str:
