@@ -38,7 +38,7 @@ def work(what):
 
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 201, 64)
-    lengths = np.clip(rng.lognormal(np.log(44), 0.9, 64).round(), 1, 256).astype(int)
+    lengths = np.clip(rng.lognormal(np.log(36), 0.9, 64).round(), 1, 256).astype(int)
     if what == "static":
         sizes, lengths = sizes[:BATCH], np.full(BATCH, 64)
     elif what in ("single", "first"):
@@ -53,6 +53,7 @@ def work(what):
 def ours(folder, what):
     """Continuous batching; a round returns its tokens, programs and the bytes of the cache."""
     from opd_jax.config import SamplingConfig
+    from opd_jax.model.decode import split_layers
     from opd_jax.model.load import read_model
     from opd_jax.sampling import engine
     from opd_jax.sampling.queue import Request
@@ -65,13 +66,14 @@ def ours(folder, what):
         Request(str(i), 0, ids, SamplingConfig(max_new_tokens=n, min_new_tokens=n))
         for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
     ]
-    job = SamplingJob(model, params, SamplingConfig(slots=slots), (), 0)
+    split = split_layers(model, params)
+    job = SamplingJob(model, params, SamplingConfig(slots=slots), (), 0, split=split)
     plan = plan_for(job, requests)
-    jitted = (engine.empty_state, engine.prefill, engine.start, engine.move, engine.decode_round)
+    cached = (engine.empty_state, engine.prefill, engine.start, engine.decode_round, split_layers)
 
     def sample():
         tokens = sum(len(s.token_ids) for s in generate(job, requests, plan))
-        programs = sum(f._cache_size() for f in jitted)
+        programs = sum(f._cache_size() for f in cached)
         return {"tokens": tokens, "programs": programs, "cache": plan.cache.total_bytes}
 
     serve(sample)

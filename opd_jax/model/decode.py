@@ -29,6 +29,7 @@ from opd_jax.model.transformer import (
     run_layer,
 )
 
+FEW_ROWS = 16  # with no more, weights are left factors on CPUs: XLA's library copies right ones
 GROUPS = 4  # a product of one row with a weight is cut so on CPUs, which then use all their cores
 
 
@@ -81,13 +82,19 @@ def product(mesh: Mesh | None, x: jax.Array, weight: jax.Array, contracted: int 
     # As matrices: products of other ranks make XLA copy the weight for CPUs.
     x_bd = x.reshape(math.prod(kept), -1)
     weight_fd = weight.reshape(math.prod(outs), -1)
-    if len(x_bd) == 1 and len(weight_fd) % GROUPS == 0 and platform_of(mesh) == "cpu":
+    if platform_of(mesh) != "cpu" or len(x_bd) > FEW_ROWS:
+        out_bf = _dot(x_bd, weight_fd, _LAST)
+    elif len(x_bd) > 1 or len(weight_fd) % GROUPS:
+        # The barrier keeps XLA from turning the factors round again.
+        out_bf = jax.lax.optimization_barrier(_dot(weight_fd, x_bd, _LAST)).T
+    else:
         weight_gfd = weight_fd.reshape(GROUPS, -1, weight_fd.shape[1])
         x_gd = jnp.broadcast_to(x_bd, (GROUPS, x_bd.shape[1]))
-        out = _dot(weight_gfd, x_gd, (((2,), (1,)), ((0,), (0,))))
-    else:
-        out = _dot(x_bd, weight_fd, (((1,), (1,)), ((), ())))
-    return out.reshape(*kept, *outs)
+        out_bf = _dot(weight_gfd, x_gd, (((2,), (1,)), ((0,), (0,))))
+    return out_bf.reshape(*kept, *outs)
+
+
+_LAST: jax.lax.DotDimensionNumbers = (((1,), (1,)), ((), ()))
 
 
 def _dot(x: jax.Array, y: jax.Array, numbers: jax.lax.DotDimensionNumbers) -> jax.Array:

@@ -56,15 +56,16 @@ def plan_cache(
     """Slots for some requests, given the length of each prompt, the least length of each response
     and its limit.
 
-    A response's length is taken to be anything from its least to its limit with equal chance. Of
-    each level there are as many pages as samples that start together will need at once.
+    Of each level there are pages for the samples that can get so long, or for the square root of
+    the share that will, if a response's length is anything from its least to its limit with equal
+    chance: more than that, because to wait for pages costs whole steps.
     """
     shards = 1 if model.mesh is None else axis_size(model.mesh, "batch")
     rows = -(-min(slots, 1 << (len(prompts) - 1).bit_length()) // shards)
     prompt_r, least_r, limit_r = (np.asarray(x, np.float64) for x in (prompts, leasts, limits))
     longest = int((prompt_r + limit_r).max())
     levels = min(math.ceil(longest / SHORTEST_PAGE), MOST_LEVELS)
-    step = 64 if levels == 1 else 128
+    step = 64 if levels == 1 or platform_of(model.mesh) == "cpu" else 128
     length = math.ceil(longest / levels / step) * step
     counts = [rows]
     for start in range(length, longest, length):
@@ -76,10 +77,14 @@ def plan_cache(
 def _share_beyond(
     length: int, prompt_r: np.ndarray, least_r: np.ndarray, limit_r: np.ndarray
 ) -> float:
-    """Share of the samples that get longer than this; those with more to say count for more."""
+    """Share of the slots that get pages for tokens beyond this length.
+
+    Samples with more to say are longer in their slots and count for more.
+    """
     spread_r = np.maximum(limit_r - least_r, 1)
     longer_r = np.clip((prompt_r + limit_r - length) / spread_r, 0, 1)
-    return float(np.sum(limit_r * longer_r) / np.sum(limit_r))
+    can, will = (float(np.sum(limit_r * x) / np.sum(limit_r)) for x in (longer_r > 0, longer_r))
+    return min(can, math.sqrt(will))
 
 
 def check_memory(plan: CachePlan, model: LanguageModel) -> None:
