@@ -193,7 +193,7 @@ def test_mixed_lengths_do_not_pay_for_the_longest():
     pages = made.pages
     assert pages.rows == 64
     assert pages.length * len(pages.counts) >= 200 + 4096
-    assert made.total_bytes < 0.75 * 64 * 4296 * made.token_bytes
+    assert made.total_bytes < 0.8 * 64 * 4296 * made.token_bytes
     assert made.token_bytes == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
     certain = plan.plan_cache(model, 64, [200] * 100, [4096] * 100, [4096] * 100)
     assert certain.pages.counts == (64,) * len(pages.counts)  # all get as long
