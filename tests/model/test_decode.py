@@ -5,7 +5,7 @@ import pytest
 from caches import filled
 
 from opd_jax.model.cache import Pages, empty_cache
-from opd_jax.model.decode import decode, split_layers
+from opd_jax.model.decode import FEW_ROWS, GROUPS, decode, product, split_layers
 from opd_jax.sampling.pager import Pager
 from tests.sampling.reference import random_params, tiny_model
 
@@ -51,3 +51,13 @@ def test_decoding_in_place_copies_no_cache(pages):
         lines = [line for line in program.as_text().splitlines() if f"= {shape}" in line]
         assert lines
         assert not [line for line in lines if " copy(" in line]
+
+
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("outputs", [(3 * GROUPS,), (3, 5)], ids=str)
+def test_products_of_any_number_of_rows_are_those_of_einsum(rows, outputs):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 1, 2, 8)).astype(np.float32)
+    weight = rng.normal(size=(*outputs, 2, 8)).astype(np.float32)
+    wanted = np.tensordot(x, weight, axes=((2, 3), (-2, -1)))
+    np.testing.assert_allclose(product(None, x, jnp.asarray(weight), 2), wanted, atol=1e-5)
