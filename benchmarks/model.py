@@ -14,7 +14,6 @@ of matrix products in the step or pass over that of one large product measured i
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from common import report
-from sides import Side, alternate, ratio, serve
+from sides import Side, alternate, arguments, ratio, serve
 
 BATCH, LENGTH = 4, 512
 SHAPE = {
@@ -269,22 +268,14 @@ def compare(script, folder, what, passes, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", nargs=3, metavar=("SIDE", "FOLDER", "WHAT"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("train", "score", "compile"))
-    arguments = parser.parse_args()
-    if arguments.side:
-        name, folder, what = arguments.side
-        SIDES[name](Path(folder), what)
-        return
+    given = arguments(__doc__, SIDES, 5, ("train", "score", "compile"))
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch))
         for what, passes in (("score", 1), ("train", 3)):
-            if arguments.only in (None, what):
-                found |= compare(__file__, scratch, what, passes, arguments.rounds)
-    if arguments.only in (None, "compile"):
+            if given.only in (None, what):
+                found |= compare(__file__, scratch, what, passes, given.rounds)
+    if given.only in (None, "compile"):
         shallow, deep = Side(__file__, "compile", ".", 4), Side(__file__, "compile", ".", 48)
         alternate([shallow, deep], 3)
         found["compile.depth_ratio"] = ratio(shallow, deep)

@@ -17,7 +17,6 @@ bandwidth bound compares with reading every weight once per step as fast as a pl
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from statistics import median
 
 from common import report
 from model import SHAPE, make_model
-from sides import Side, alternate, ratio, serve
+from sides import Side, alternate, arguments, ratio, serve
 
 BATCH = 16
 SLOTS = (1, 4, 16, 64)
@@ -200,24 +199,16 @@ def over_slots(folder, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", nargs=3, metavar=("SIDE", "FOLDER", "WHAT"))
-    parser.add_argument("--rounds", type=int, default=3)
     compared = ("first", "single", "static", "ragged")
-    parser.add_argument("--only", choices=(*compared, "slots"))
-    arguments = parser.parse_args()
-    if arguments.side:
-        name, folder, what = arguments.side
-        SIDES[name](Path(folder), what)
-        return
+    given = arguments(__doc__, SIDES, 3, (*compared, "slots"))
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch))
         for what in compared:
-            if arguments.only in (None, what):
-                found |= compare(scratch, what, arguments.rounds)
-        if arguments.only in (None, "slots"):
-            found |= over_slots(scratch, arguments.rounds)
+            if given.only in (None, what):
+                found |= compare(scratch, what, given.rounds)
+        if given.only in (None, "slots"):
+            found |= over_slots(scratch, given.rounds)
     report("sampling", found)
 
 

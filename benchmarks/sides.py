@@ -7,6 +7,7 @@ that what else the machine does meets both alike.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,26 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+
+
+def arguments(doc, sides, rounds, parts):
+    """The command line: `rounds` and `only`. A child runs its side instead, and ends.
+
+    Args:
+        sides: functions by name, called with the folder and the piece of work.
+        rounds: how many unless told.
+        parts: what `--only` may name.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--side", nargs=3, metavar=("SIDE", "FOLDER", "WHAT"))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--only", choices=parts)
+    given = parser.parse_args()
+    if given.side:
+        name, folder, what = given.side
+        sides[name](Path(folder), what)
+        sys.exit()
+    return given
 
 
 def serve(rounds):
