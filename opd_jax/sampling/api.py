@@ -20,7 +20,8 @@ from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.decode import split_layers
 from opd_jax.model.load import read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.sampling.queue import Request, bucket_of, coarse_bucket_of
+from opd_jax.sampling.buckets import bucket_of, coarse_bucket_of
+from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import ROUND_STEPS, Plan, SamplingJob, generate, plan_for, rounds
 from opd_jax.sampling.slots import Sample
 from opd_jax.sampling.text_stream import TextStream, with_shown_text
@@ -184,7 +185,7 @@ class Sampler:
         )
         length = shapes.bucket(max(longest + sampling.max_new_tokens, shapes.least_length))
         room = min(length, positions) - sampling.max_new_tokens
-        plan = plan_for(job, [_widened(r, longest, room) for r in requests])
+        plan = plan_for(job, requests, longest_prompt=room)
         return dataclasses.replace(job, split=self._split), plan
 
     def _encode(self, prompt: PromptLike, name: str) -> np.ndarray:
@@ -219,14 +220,6 @@ def _checked(settings: Settings, room: int) -> SamplingConfig:
         return sampling
     most = max(min(sampling.max_new_tokens, room), sampling.min_new_tokens, 1)
     return sampling.model_copy(update={"max_new_tokens": most})
-
-
-def _widened(request: Request, longest: int, room: int) -> Request:
-    """For planning: a request of the greatest length, with a prompt that fills the room."""
-    missing = room - longest
-    if len(request.prompt_ids) < longest or missing <= 0:
-        return request
-    return dataclasses.replace(request, prompt_ids=np.pad(request.prompt_ids, (0, missing)))
 
 
 def _key(request: Request) -> tuple[str, int]:

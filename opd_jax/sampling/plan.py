@@ -21,7 +21,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.model.cache import Pages, cache_token_bytes
 from opd_jax.model.transformer import LanguageModel
 
-SHORTEST_PAGE = 256  # unless the longest sample is shorter
+SHORTEST_PAGE = {True: 128, False: 256}  # on CPUs and elsewhere, if the longest sample is longer
 MOST_LEVELS = 8  # pages of the longest sample
 
 
@@ -64,8 +64,9 @@ def plan_cache(
     rows = -(-min(slots, 1 << (len(prompts) - 1).bit_length()) // shards)
     prompt_r, least_r, limit_r = (np.asarray(x, np.float64) for x in (prompts, leasts, limits))
     longest = int((prompt_r + limit_r).max())
-    levels = min(math.ceil(longest / SHORTEST_PAGE), MOST_LEVELS)
-    step = 64 if levels == 1 or platform_of(model.mesh) == "cpu" else 128
+    cpu = platform_of(model.mesh) == "cpu"
+    levels = min(max(longest // SHORTEST_PAGE[cpu], 1), MOST_LEVELS)
+    step = 16 if cpu else 64 if levels == 1 else 128
     length = math.ceil(longest / levels / step) * step
     counts = [rows]
     for start in range(length, longest, length):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from opd_jax.config import SamplingConfig
-
-SMALLEST_BUCKET = 16
-PREFILL_TOKENS = 16384  # at most this many padded tokens in one prefill, unless one row is longer
+from opd_jax.sampling.buckets import Prefills
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,21 +28,6 @@ class Request:
     sampling: SamplingConfig | None = None
 
 
-def bucket_of(length: int) -> int:
-    """The padded length of a prompt: a power of two, or one and a half times one.
-
-    So a prefill pads by less than a half, and prompts up to 4,096 tokens fall into 17 buckets.
-    """
-    power = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-    between = power // 4 * 3
-    return between if between >= max(length, SMALLEST_BUCKET) else power
-
-
-def coarse_bucket_of(length: int) -> int:
-    """A power of two from 64 on: more padding than `bucket_of`, and fewer programs to compile."""
-    return max(64, 1 << (length - 1).bit_length())
-
-
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Prompts to prefill together, and the requests that start from each of them."""
@@ -55,48 +38,40 @@ class PromptBatch:
 
 
 class RequestQueue:
-    """Requests that wait to be prefilled, the longest bucket first; equal prompts are read once.
+    """Requests that wait to be prefilled; equal prompts are read once.
 
-    Args:
-        rows: prompts of one prefill.
-        shards: ways the rows are cut over the mesh; every prefill has a multiple of it as rows.
-        bucket: the padded length of a prompt.
+    The next prompts come from the bucket of which the largest share still waits: there are pages of
+    the cache for a mixture of lengths, not for the longest all at once.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        rows: int,
-        shards: int,
-        bucket: Callable[[int], int] = bucket_of,
-    ) -> None:
-        self._rows, self._shards = rows, shards
+    def __init__(self, requests: Sequence[Request], prefills: Prefills) -> None:
+        self._prefills = prefills
         self.left = len(requests)
-        prompts: dict[tuple[str, bytes], list[Request]] = {}
-        for request in requests:
-            ids = np.asarray(request.prompt_ids, np.int32)
-            prompts.setdefault((request.prompt_id, ids.tobytes()), []).append(request)
-        by_bucket: dict[int, deque[list[Request]]] = {}
-        for group in prompts.values():
-            by_bucket.setdefault(bucket(len(group[0].prompt_ids)), deque()).append(group)
-        self._buckets = sorted(by_bucket.items(), reverse=True)
-
-    @property
-    def buckets(self) -> list[int]:
-        """The padded lengths that occur among the prompts that wait."""
-        return [bucket for bucket, _ in self._buckets]
+        self._waiting: list[deque[list[Request]]] = [deque() for _ in prefills.lengths]
+        for group in by_prompt(requests):
+            self._waiting[prefills.bucket(len(group[0].prompt_ids))].append(group)
+        self._total = [max(len(waiting), 1) for waiting in self._waiting]
 
     def take(self) -> PromptBatch:
         """The next prompts."""
-        bucket, waiting = self._buckets[0]
-        fit = max(min(self._rows, PREFILL_TOKENS // bucket) // self._shards, 1) * self._shards
-        taken = [waiting.popleft() for _ in range(min(fit, len(waiting)))]
-        if not waiting:
-            self._buckets.pop(0)
+        shares = [len(x) / total for x, total in zip(self._waiting, self._total, strict=True)]
+        bucket = max(range(len(shares)), key=lambda i: (shares[i], i))
+        rows, waiting = self._prefills.rows[bucket], self._waiting[bucket]
+        taken = [waiting.popleft() for _ in range(min(rows, len(waiting)))]
         self.left -= sum(map(len, taken))
-        tokens, lengths = np.zeros((fit, bucket), np.int32), np.ones(fit, np.int32)
+        shape = (rows, self._prefills.lengths[bucket])
+        tokens, lengths = np.zeros(shape, np.int32), np.ones(rows, np.int32)
         for row, group in enumerate(taken):
             lengths[row] = len(group[0].prompt_ids)
             tokens[row, : lengths[row]] = group[0].prompt_ids
         samples = tuple((row, request) for row, group in enumerate(taken) for request in group)
         return PromptBatch(tokens, lengths, samples)
+
+
+def by_prompt(requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests with one prompt, of one id, together."""
+    prompts: dict[tuple[str, bytes], list[Request]] = {}
+    for request in requests:
+        ids = np.asarray(request.prompt_ids, np.int32)
+        prompts.setdefault((request.prompt_id, ids.tobytes()), []).append(request)
+    return list(prompts.values())

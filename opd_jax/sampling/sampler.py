@@ -22,20 +22,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax.config import SamplingConfig
-from opd_jax.core.mesh import put_batch
+from opd_jax.core.mesh import platform_of, put_batch
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.architecture import Architecture
+from opd_jax.model.cache import Pages
 from opd_jax.model.decode import split_layers
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling import engine
+from opd_jax.sampling.buckets import Prefills, plan_prefills
 from opd_jax.sampling.keys import root_key
 from opd_jax.sampling.plan import CachePlan, check_memory, plan_cache
-from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue, bucket_of
+from opd_jax.sampling.queue import PromptBatch, Request, RequestQueue, by_prompt
 from opd_jax.sampling.slots import Sample, SlotTable
 from opd_jax.sampling.stops import Text
 from opd_jax.sampling.transforms import uses_of
 
 ROUND_STEPS = 64  # a finished sample waits at most this many steps before the host sees it
+PREFILL_TOKENS = {True: 512, False: 2048}  # of a prefill, on CPUs and elsewhere
+MOST_PREFILL_TOKENS = 16384  # unless one row is longer
 OnTokens = Callable[[Request, np.ndarray], None]
 
 
@@ -51,7 +55,7 @@ class SamplingJob:
         round_steps: decode steps between two looks of the host.
         split: `params` as `split_layers` gives them, where several runs share them; `None`: made
             for this run.
-        bucket: the padded length of a prompt.
+        bucket: the padded length of a prompt; `None`: those that fit all prompts of a run best.
     """
 
     model: LanguageModel
@@ -62,7 +66,7 @@ class SamplingJob:
     text: Text | None = None
     round_steps: int = ROUND_STEPS
     split: Params | None = None
-    bucket: Callable[[int], int] = bucket_of
+    bucket: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,24 @@ class Plan:
 
     program: engine.Program
     cache: CachePlan
-    rows: int  # prompts of a prefill, samples of a start
+    rows: int  # samples of a start
     longest: int  # limit of a response
-    buckets: int  # padded prompt lengths
+    prefills: Prefills
 
     @property
     def programs(self) -> int:
         """The most programs that are compiled: two for each bucket, those of weights and slots."""
-        return 2 * self.buckets + 3
+        return 2 * len(self.prefills.lengths) + 3
 
     def __str__(self) -> str:
         return f"{self.cache}; at most {self.programs} programs"
 
 
-def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
+def plan_for(job: SamplingJob, requests: Sequence[Request], longest_prompt: int = 0) -> Plan:
     """The plan for some requests.
+
+    Args:
+        longest_prompt: slots get room as if the longest prompts had at least so many tokens.
 
     Raises:
         DataError: an empty prompt, one too long for the model, a token outside the vocabulary.
@@ -96,16 +103,32 @@ def plan_for(job: SamplingJob, requests: Sequence[Request]) -> Plan:
     settings = [job.sampling if r.sampling is None else r.sampling for r in requests]
     _check(arch, job, requests, settings)
     limits = [s.max_new_tokens for s in settings]
-    prompts = [len(request.prompt_ids) for request in requests]
+    prompts = [len(r.prompt_ids) for r in requests]
+    longest = max(prompts)
+    prompts = [max(n, longest_prompt) if n == longest else n for n in prompts]
     leasts = [s.min_new_tokens for s in settings]
     cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits)
     check_memory(cache, job.model)
     pages = cache.pages
-    rows = max(pages.rows // 8 // pages.shards, 1) * pages.shards  # few slots wait for a refill
+    rows = max(pages.rows // 16 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))
     program = engine.Program(job.model, pages, uses_of(settings), ends, mesh, job.round_steps)
-    buckets = len(RequestQueue(requests, rows, pages.shards, job.bucket).buckets)
-    return Plan(program, cache, rows, max(limits), buckets)
+    return Plan(program, cache, rows, max(limits), _plan_prefills(job, requests, pages, rows))
+
+
+def _plan_prefills(
+    job: SamplingJob, requests: Sequence[Request], pages: Pages, least: int
+) -> Prefills:
+    """Some prompts wait, read, for a free slot: larger products are faster."""
+    distinct = [len(group[0].prompt_ids) for group in by_prompt(requests)]
+    enough = PREFILL_TOKENS[platform_of(job.model.mesh) == "cpu"]
+    most = max(min(pages.rows // 4, 1 << (len(distinct) - 1).bit_length()), least)
+
+    def rows(length: int) -> int:
+        some = min(max(enough // length, least), most, MOST_PREFILL_TOKENS // length)
+        return max(some // pages.shards, 1) * pages.shards
+
+    return plan_prefills(distinct, rows, job.bucket)
 
 
 def generate(
@@ -178,7 +201,7 @@ class _Feeder:
         self, job: SamplingJob, plan: Plan, requests: Sequence[Request], split: Params
     ) -> None:
         self._job, self._plan, self._split = job, plan, split
-        self._queue = RequestQueue(requests, plan.rows, plan.program.pages.shards, job.bucket)
+        self._queue = RequestQueue(requests, plan.prefills)
         self._prompts: engine.Prefilled | None = None
         self._waiting: list[tuple[int, Request]] = []  # (row of the prefilled prompts, request)
         self._root = _put(plan.program.mesh, root_key(job.seed))

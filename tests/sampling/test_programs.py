@@ -55,7 +55,9 @@ def test_a_ragged_run_compiles_no_more_programs_than_its_plan_says():
     with counted() as programs:
         assert len(list(generate(job, requests, plan))) == len(requests)
         assert len(list(generate(job, requests[::3], plan))) == 20
-    assert (plan.buckets, plan.rows) == (3, 4)
+    buckets = len(plan.prefills.lengths)
+    assert buckets > 1
+    assert plan.rows == 2
     assert len(programs) <= plan.programs, programs
-    assert programs.count("jit(prefill)") == programs.count("jit(start)") == plan.buckets
+    assert programs.count("jit(prefill)") == programs.count("jit(start)") == buckets
     assert programs.count("jit(decode_round)") == 1

@@ -9,7 +9,8 @@ from opd_jax.config import SamplingConfig
 from opd_jax.errors import ConfigError
 from opd_jax.model.cache import Pages
 from opd_jax.sampling import plan
-from opd_jax.sampling.queue import Request, RequestQueue, bucket_of
+from opd_jax.sampling.buckets import Prefills
+from opd_jax.sampling.queue import Request, RequestQueue
 from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 from opd_jax.sampling.stops import stop_length
 from tests.sampling.reference import (
@@ -134,7 +135,7 @@ def test_stop_strings_need_a_tokenizer(model_and_params):
 
 
 def test_equal_prompts_are_read_once():
-    queue = RequestQueue(requests_of(3, 5), rows=2, shards=1)
+    queue = RequestQueue(requests_of(3, 5), Prefills((64,), (2,)))
     batches = []
     while queue.left:
         batches.append(queue.take())
@@ -143,12 +144,6 @@ def test_equal_prompts_are_read_once():
     np.testing.assert_array_equal(
         batches[0].tokens[row, : batches[0].lengths[row]], request.prompt_ids
     )
-
-
-def test_buckets_hold_the_prompt_and_pad_by_less_than_a_half():
-    for length in range(1, 5000):
-        assert length <= bucket_of(length) <= max(16, length * 3 / 2)
-    assert len({bucket_of(length) for length in range(1, 4097)}) == 17
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -204,8 +199,8 @@ def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params,
     monkeypatch.setattr(plan, "free_bytes", lambda mesh: 1000.0)
     job = SamplingJob(model, params, SamplingConfig(max_new_tokens=4, slots=2), END, 0)
     wanted = (
-        r"2 slots, 2 pages of 64 tokens x 256 bytes a token = 32.0 KiB of keys and values, "
-        r"16.0 KiB a slot, but 1,000 bytes are free; lower slots or max_new_tokens"
+        r"2 slots, 2 pages of 16 tokens x 256 bytes a token = 8.0 KiB of keys and values, "
+        r"4.0 KiB a slot, but 1,000 bytes are free; lower slots or max_new_tokens"
     )
     with pytest.raises(ConfigError, match=wanted):
         generate(job, requests_of(2, 1))
