@@ -10,6 +10,7 @@ How a record becomes a row (`p` = 3, response `20 21 1`):
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,6 +93,33 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
         free[row] -= length
         while open_from < len(rows) and free[open_from] < 2:
             open_from += 1
+    return rows
+
+
+def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Which items share a row of `row_tokens`: the longest first, each where it fits best.
+
+    Rows are nearly full but for the last ones. An item longer than a row gets one of its own.
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free tokens -> rows
+    rooms: list[int] = []  # those numbers, sorted
+    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[item])
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            row, room = len(rows), max(row_tokens, length)
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        rows[row].append(item)
+        if left := room - length:
+            if left not in with_room:
+                bisect.insort(rooms, left)
+            with_room.setdefault(left, []).append(row)
     return rows
 
 

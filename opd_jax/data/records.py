@@ -42,8 +42,12 @@ class Scores:
         topk_ids: int32 [t, k], the teacher's most likely tokens, likeliest first; `None` when not
             stored.
         topk_logprob: float16 [t, k], their log-probs, normalised over the whole vocabulary.
+        topk_rest: float32 [t], the probability of all other tokens together.
+        entropy: float32 [t], of the teacher's whole distribution, nats; `None` when not stored.
     """
 
     logprob: np.ndarray
     topk_ids: np.ndarray | None = None
     topk_logprob: np.ndarray | None = None
+    topk_rest: np.ndarray | None = None
+    entropy: np.ndarray | None = None

@@ -26,7 +26,10 @@ FIELDS = (
     Field("logprob", "float32", "response"),
     Field("topk_ids", "int32", "response", 256, 262_144, blosc=True),
     Field("topk_logprob", "float16", "response", 256, 262_144, blosc=True),
+    Field("topk_rest", "float32", "response"),
+    Field("entropy", "float32", "response"),
 )
+WIDE = ("topk_ids", "topk_logprob")  # k values per token
 BUFFER_BYTES = 256_000_000
 
 
@@ -86,9 +89,10 @@ class TeacherPass:
         wanted = checked_indices(indices, len(snapshot))
         index = self._indexed(snapshot, wanted)
         places = index.segment_r[wanted], index.row_r[wanted]
-        topk = wanted.size and all(index.segments[i].has("topk_ids") for i in set(places[0]))
-        fields = ("logprob", "topk_ids", "topk_logprob") if topk else ("logprob",)
-        return [Scores(*row) for row in read_fields(index.segments, *places, fields)]
+        used = [index.segments[i] for i in set(places[0].tolist())]
+        fields = [f.name for f in FIELDS if all(segment.has(f.name) for segment in used)]
+        rows = read_fields(index.segments, *places, fields)
+        return [Scores(**dict(zip(fields, row, strict=True))) for row in rows]
 
     def verify(self, snapshot: Snapshot) -> None:
         """Reads every score of the snapshot's records.
@@ -192,7 +196,7 @@ class PassWriter:
         checked = self._checked(record_index, scores)
         self._seen.add(record_index)
         self._rows.append((record_index, checked))
-        self._bytes += sum(array.nbytes for array in _arrays(checked))
+        self._bytes += sum(array.nbytes for array in _arrays(checked).values())
         if self._bytes >= BUFFER_BYTES:
             self.flush()
 
@@ -204,16 +208,23 @@ class PassWriter:
             raise DataError(f"{where}: appended twice; score each record once")
         if (scores.topk_ids is None) != (scores.topk_logprob is None):
             raise DataError(f"{where}: top-k ids and log-probs come together or not at all")
-        if self._rows and len(_arrays(scores)) != len(_arrays(self._rows[0][1])):
-            raise DataError(f"{where}: with top-k here, without in others; give all the same")
-        logprob = vector(scores.logprob, np.float32, f"{where}: logprob")
-        checked = Scores(logprob)
-        if scores.topk_ids is not None and scores.topk_logprob is not None:
-            ids = vector(scores.topk_ids, np.int32, f"{where}: topk_ids", rank=2)
-            top = vector(scores.topk_logprob, np.float16, f"{where}: topk_logprob", rank=2)
-            self._check_width(ids, top, where)
-            checked = Scores(logprob, ids, top)
-        for array in _arrays(checked):
+        given = _arrays(scores)
+        if self._rows and given.keys() != _arrays(self._rows[0][1]).keys():
+            names = ", ".join(given)
+            raise DataError(f"{where}: has {names}, the others differ; give all the same")
+        arrays = {
+            field.name: vector(
+                given[field.name],
+                np.dtype(field.dtype).type,
+                f"{where}: {field.name}",
+                rank=2 if field.name in WIDE else 1,
+            )
+            for field in FIELDS
+            if field.name in given
+        }
+        checked = Scores(**arrays)
+        self._check_width(checked, where)
+        for array in arrays.values():
             if len(array) != tokens:
                 raise DataError(
                     f"{where}: {len(array)} scores for a response of {tokens} tokens;"
@@ -221,11 +232,15 @@ class PassWriter:
                 )
         return checked
 
-    def _check_width(self, ids: np.ndarray, top: np.ndarray, where: str) -> None:
-        before = _arrays(self._rows[0][1])[1].shape[1] if self._rows else ids.shape[1]
-        if not ids.shape[1] == top.shape[1] == before > 0:
+    def _check_width(self, scores: Scores, where: str) -> None:
+        if scores.topk_ids is None or scores.topk_logprob is None:
+            return
+        first = (self._rows[0][1] if self._rows else scores).topk_ids
+        before = 0 if first is None else first.shape[1]
+        widths = scores.topk_ids.shape[1], scores.topk_logprob.shape[1]
+        if not widths[0] == widths[1] == before > 0:
             raise DataError(
-                f"{where}: top-k widths {ids.shape[1]} and {top.shape[1]}, others {before};"
+                f"{where}: top-k widths {widths[0]} and {widths[1]}, others {before};"
                 " give one k for the whole pass"
             )
 
@@ -237,10 +252,11 @@ class PassWriter:
         held, source = np.unique(self._places[0][records], return_inverse=True)
         scored = [self._snapshot.segments[number] for number in held]
         columns = {"source": source.astype(np.int64), "source_row": self._places[1][records]}
-        arrays = zip(*(_arrays(scores) for _, scores in self._rows), strict=True)
+        arrays = [_arrays(scores) for _, scores in self._rows]
         name = next_segment_name(self._files, self._base, self._process_index)
         extra = {"scored_segments": [[segment.name, segment.digest] for segment in scored]}
-        ragged = list(zip(FIELDS, arrays, strict=False))  # without top-k the first field is all
+        held_fields = [field for field in FIELDS if field.name in arrays[0]]
+        ragged = [(field, [row[field.name] for row in arrays]) for field in held_fields]
         write_segment(self._files, self._base, name, ragged, columns, extra)
         self._clear()
 
@@ -260,6 +276,7 @@ class PassWriter:
         self.close()
 
 
-def _arrays(scores: Scores) -> list[np.ndarray]:
-    """The arrays that are there, in the order of FIELDS."""
-    return [a for a in (scores.logprob, scores.topk_ids, scores.topk_logprob) if a is not None]
+def _arrays(scores: Scores) -> dict[str, np.ndarray]:
+    """The arrays that are there, by the names of FIELDS."""
+    found = {field.name: getattr(scores, field.name) for field in FIELDS}
+    return {name: array for name, array in found.items() if array is not None}

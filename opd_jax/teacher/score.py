@@ -1,34 +1,43 @@
-"""The teacher's log-probs of stored responses, in batches of similar length.
+"""The teacher's log-probs of stored responses, in packed batches.
 
-Which records share a batch follows from the snapshot, `batch_tokens` and the mesh alone, and a
-batch is always computed whole: a pass that was killed and continued ends with the same bits as an
-undisturbed one.
+    row 0   [prompt response | prompt response | prompt response .]
+    row 1   [prompt response             | prompt response . . . .]
+
+All batches have one shape, and there is hardly any padding. Only the response tokens meet the
+output head: their hidden states are moved to the front of each row, and the head runs over as many
+columns as the fullest row has. Which records share a batch follows from the snapshot,
+`batch_tokens` and the mesh alone, and a batch is always computed whole: a pass that was killed and
+continued ends with the same bits as an undisturbed one.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.algo.logprobs import chosen_logprobs, top_k_logprobs
+from opd_jax.algo.logprobs import CHUNK_TOKENS, chosen_logprobs, top_k_logprobs
 from opd_jax.core.mesh import axis_size, put_batch, replicated
-from opd_jax.data.collate import padded_rows
+from opd_jax.data.collate import best_fit, bucket_length, packed_rows
 from opd_jax.data.records import Record, Scores
 from opd_jax.errors import DataError, ModelError
 from opd_jax.model.transformer import LanguageModel, Params
 
 POSITIVE_TOLERANCE = 1e-4  # float32 log-sum-exp can round a certain token's log-prob above 0
+LITTLE_PADDING = 0.02  # a longer row is not tried once one pads less than this
+ROW_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # lengths of rows to try, in longest records
 
 
 class _Out(NamedTuple):
-    """What the program returns."""
+    """What the program returns: of each row its response tokens, one record after the other."""
 
     logprob_bt: jax.Array  # float32
+    entropy_bt: jax.Array  # float32
     ids_btk: jax.Array  # int32; k is 0 without a top-k
     logprob_btk: jax.Array  # float32
 
@@ -40,12 +49,14 @@ class Scorer:
     Attributes:
         top_k: also return the likeliest `top_k` tokens at every response position; 0: none.
         batch_tokens: about how many tokens (padding included) a batch holds.
+        entropy: also return the entropy at every response position.
     """
 
     model: LanguageModel
     params: Params
     top_k: int = 0
     batch_tokens: int = 8192
+    entropy: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k > self.model.arch.vocab_size:
@@ -54,51 +65,92 @@ class Scorer:
                 f"{self.model.arch.vocab_size}; make it smaller"
             )
 
+    @property
+    def ways(self) -> int:
+        """Into how many parts the mesh cuts the rows of a batch."""
+        return 1 if self.model.mesh is None else axis_size(self.model.mesh, "batch")
+
     def rows(self, length: int) -> int:
-        """How many rows of that length make a batch; a multiple of what the mesh cuts rows into."""
-        mesh = self.model.mesh
-        ways = 1 if mesh is None else axis_size(mesh, "batch")
-        return max(self.batch_tokens // length // ways, 1) * ways
+        """How many rows of that length make a batch; a multiple of `ways`."""
+        return max(self.batch_tokens // length // self.ways, 1) * self.ways
 
     def score_all(self, records: Sequence[Record], length: int) -> list[Scores]:
-        """Score records in their order, in batches of `batch_tokens`."""
-        rows = min(self.rows(length), len(records))
-        return [
-            scores
-            for start in range(0, len(records), rows)
-            for scores in self.score(records[start : start + rows], length, rows)
-        ]
+        """Score records in their order, in packed rows of `length` tokens."""
+        tokens = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in records]
+        rows = min(self.rows(length), -(-len(records) // self.ways) * self.ways)
+        found: dict[int, Scores] = {}
+        packed = best_fit(tokens, length)
+        for start in range(0, len(packed), rows):
+            members = packed[start : start + rows]
+            scores = self.score([[records[i] for i in row] for row in members], length, rows)
+            found.update(zip((i for row in members for i in row), scores, strict=True))
+        return [found[i] for i in range(len(records))]
 
-    def score(self, records: Sequence[Record], length: int, rows: int) -> list[Scores]:
-        """Score records in one batch of `rows` x `length` tokens; missing rows are padding.
+    def score(self, packed: Sequence[Sequence[Record]], length: int, rows: int) -> list[Scores]:
+        """Score one batch of `rows` x `length` tokens; the records' scores in the order given.
+
+        Args:
+            packed: records of each row; missing rows are padding.
 
         Raises:
             DataError: a token the teacher has no row for, or a score that is no log-prob.
         """
-        for record in records:
+        return self.scores_of(packed, self.start(packed, length, rows))
+
+    def start(self, packed: Sequence[Sequence[Record]], length: int, rows: int) -> _Out:
+        """Begin with a batch; `scores_of` awaits it."""
+        for record in (record for row in packed for record in row):
             _check_ids(record, self.model.arch.vocab_size)
-        filled = [*records, *[records[-1]] * (rows - len(records))]
-        batch = padded_rows(filled, length)
-        names = ("input_bt", "target_bt", "positions_bt")
-        arrays: Any = {name: batch[name] for name in names}
+        filled = [*packed, *[packed[-1][:1]] * (rows - len(packed))]
+        arrays: Any = response_first(packed_rows(filled, length))
         if self.model.mesh is not None:
             arrays = put_batch(self.model.mesh, arrays)
-        out = jax.device_get(_program(self.model, self.top_k)(self.params, arrays))
-        return [self._scores(record, row, out) for row, record in enumerate(records)]
+        return _program(self.model, self.top_k)(self.params, arrays)
 
-    def _scores(self, record: Record, row: int, out: _Out) -> Scores:
-        start = len(record.prompt_ids) - 1
-        columns = slice(start, start + len(record.response_ids))
-        logprob = np.asarray(out.logprob_bt[row, columns], np.float32)
+    def scores_of(self, packed: Sequence[Sequence[Record]], out: _Out) -> list[Scores]:
+        """What was begun with these records."""
+        out = jax.device_get(out)
+        found: list[Scores] = []
+        for number, row in enumerate(packed):
+            at = 0
+            for record in row:
+                columns = slice(at, at + len(record.response_ids))
+                found.append(self._scores(record, (number, columns), out))
+                at = columns.stop
+        return found
+
+    def _scores(self, record: Record, place: tuple[int, slice], out: _Out) -> Scores:
+        logprob = np.asarray(out.logprob_bt[place], np.float32)
         _check(logprob, record)
+        entropy = np.asarray(out.entropy_bt[place], np.float32) if self.entropy else None
         logprob = np.minimum(logprob, 0.0)
         if not self.top_k:
-            return Scores(logprob)
+            return Scores(logprob, entropy=entropy)
+        top = np.minimum(out.logprob_btk[place], 0.0)
+        rest = 1.0 - np.sum(np.exp(top.astype(np.float64)), axis=-1)
         return Scores(
             logprob,
-            np.asarray(out.ids_btk[row, columns], np.int32),
-            np.minimum(out.logprob_btk[row, columns], 0.0).astype(np.float16),
+            np.asarray(out.ids_btk[place], np.int32),
+            top.astype(np.float16),
+            np.maximum(rest, 0.0).astype(np.float32),
+            entropy,
         )
+
+
+def response_first(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Packed rows as the program takes them: `column_bt` leads to the response tokens of a row.
+
+    `target_bt` becomes those columns' targets, and `count_b` says how many there are.
+    """
+    mask_bt = batch["mask_bt"]
+    column_bt = np.argsort(~mask_bt, axis=1, kind="stable").astype(np.int32)
+    kept = ("input_bt", "positions_bt", "segments_bt")
+    return {
+        **{name: batch[name] for name in kept},
+        "target_bt": np.take_along_axis(batch["target_bt"], column_bt, axis=1),
+        "column_bt": column_bt,
+        "count_b": mask_bt.sum(1, dtype=np.int32),
+    }
 
 
 def _check_ids(record: Record, vocab_size: int) -> None:
@@ -125,44 +177,92 @@ def _check(logprob: np.ndarray, record: Record) -> None:
 @functools.lru_cache(maxsize=16)
 def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
     def program(params: Params, batch: dict[str, jax.Array]) -> _Out:
-        out = model.forward(params, batch["input_bt"], batch["positions_bt"])
+        inputs = (batch[name] for name in ("input_bt", "positions_bt", "segments_bt"))
+        hidden_btd = model.forward(params, *inputs).hidden_btd
+        hidden_btd = jnp.take_along_axis(hidden_btd, batch["column_bt"][..., None], axis=1)
         head, target_bt = model.head_parameter(params), batch["target_bt"]
-        if top_k:
-            found = top_k_logprobs(out.hidden_btd, head, target_bt, top_k, model.mesh)
-            return _Out(found.logprob_bt, found.ids_btk, found.logprob_btk)
-        chosen = chosen_logprobs(out.hidden_btd, head, target_bt[..., None], model.mesh)
-        logprob = chosen.logprob_bts[..., 0]
-        empty = logprob[..., None][..., :0]
-        return _Out(logprob, empty.astype(np.int32), empty)
+        b, t = target_bt.shape
+        width = min(t, max(CHUNK_TOKENS // b, 1))
+
+        # The last columns may be computed twice, to the same values: slices stop at the end.
+        def body(number: jax.Array, out: _Out) -> _Out:
+            def cut(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, number * width, width, axis=1)
+
+            found = _some(model, top_k, head, cut(hidden_btd), cut(target_bt))
+            return jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, number * width, axis=1),
+                out,
+                found,
+            )
+
+        zeros, wide = jnp.zeros((b, t)), jnp.zeros((b, t, top_k))
+        out = _Out(zeros, zeros, wide.astype(jnp.int32), wide)
+        return jax.lax.fori_loop(0, -(-jnp.max(batch["count_b"]) // width), body, out)
 
     return jax.jit(program, out_shardings=model.mesh and replicated(model.mesh))
 
 
+def _some(
+    model: LanguageModel, top_k: int, head: jax.Array, hidden: jax.Array, target: jax.Array
+) -> _Out:
+    if top_k:
+        found = top_k_logprobs(hidden, head, target, top_k, model.mesh)
+        return _Out(found.logprob_bt, found.entropy_bt, found.ids_btk, found.logprob_btk)
+    chosen = chosen_logprobs(hidden, head, target[..., None], model.mesh)
+    empty = jnp.zeros((*target.shape, 0))
+    return _Out(chosen.logprob_bts[..., 0], chosen.entropy_bt, empty.astype(jnp.int32), empty)
+
+
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Which records to score together, at which static shape."""
+    """Which records to score together, row by row, at which static shape."""
 
-    indices: tuple[int, ...]
+    packed: tuple[tuple[int, ...], ...]
     length: int
     rows: int
 
+    @property
+    def indices(self) -> list[int]:
+        """The records of all rows."""
+        return [index for row in self.packed for index in row]
 
-def length_bucket(tokens: int) -> int:
-    """A length of which there are few: at most four per power of two, and multiples of 16."""
-    step = max(16, (1 << (tokens - 1).bit_length()) // 8) if tokens > 1 else 16
-    return -(-tokens // step) * step
 
-
-def score_batches(tokens_r: np.ndarray, scorer: Scorer) -> Iterator[ScoreBatch]:
-    """Cut a snapshot into batches of similar length.
+def score_batches(tokens_r: np.ndarray, scorer: Scorer) -> list[ScoreBatch]:
+    """Cut a snapshot into batches of one shape; the last may have fewer rows.
 
     Args:
         tokens_r: prompt + response tokens of every record.
     """
-    order = np.argsort(tokens_r, kind="stable")
-    buckets = np.array([length_bucket(int(n) - 1) for n in tokens_r[order]])
-    for length in np.unique(buckets):
-        members = order[buckets == length]
-        rows = scorer.rows(int(length))
-        for start in range(0, len(members), rows):
-            yield ScoreBatch(tuple(members[start : start + rows].tolist()), int(length), rows)
+    length, packed = _packed(np.asarray(tokens_r) - 1, scorer.batch_tokens)
+    rows = scorer.rows(length)
+    batches: list[ScoreBatch] = []
+    for start in range(0, len(packed), rows):
+        members = tuple(tuple(row) for row in packed[start : start + rows])
+        fewer = -(-len(members) // scorer.ways) * scorer.ways
+        batches.append(ScoreBatch(members, length, min(rows, fewer)))
+    return batches
+
+
+def _packed(tokens_r: np.ndarray, batch_tokens: int) -> tuple[int, list[list[int]]]:
+    """Length of the rows, and what is in each: rows as short as little padding allows."""
+    longest = int(tokens_r.max())
+    best: tuple[float, int, list[list[int]]] | None = None
+    for factor in ROW_FACTORS:
+        length = bucket_length(int(factor * longest))
+        if best is not None and length > batch_tokens:
+            break
+        packed = best_fit(tokens_r.tolist(), length)
+        padding = 1 - tokens_r.sum() / (len(packed) * length)
+        if best is None or padding < best[0]:
+            best = padding, length, packed
+        if padding < LITTLE_PADDING:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def padding_share(batches: Sequence[ScoreBatch], tokens_r: np.ndarray) -> float:
+    """Share of the computed tokens that belong to no record."""
+    computed = sum(batch.rows * batch.length for batch in batches)
+    return 1 - float((np.asarray(tokens_r) - 1).sum()) / computed

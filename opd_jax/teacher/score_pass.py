@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
 from opd_jax.core.distributed import barrier
+from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import DataError
-from opd_jax.teacher.score import Scorer, score_batches
+from opd_jax.teacher.score import ScoreBatch, Scorer, score_batches
+
+AHEAD = 2  # batches on the device while the host reads the next one and writes the last
 
 
 def score_snapshot(
@@ -36,16 +40,14 @@ def score_snapshot(
     done = scores.committed_records(snapshot)
     rank, count = jax.process_index(), jax.process_count()
     flushed = time.monotonic()
+    batches = score_batches(prompt_r + response_r, scorer)
+    open_batches = [batch for batch in batches if not done.issuperset(batch.indices)]
     with scores.writer(snapshot, rank) as writer:
-        for batch in score_batches(prompt_r + response_r, scorer):
-            if done.issuperset(batch.indices):
-                continue
-            records = snapshot.read_many(batch.indices)
-            found = scorer.score(records, batch.length, batch.rows)
+        for batch, found in _scored(scorer, snapshot, open_batches):
             for index, score in zip(batch.indices, found, strict=True):
                 if index % count == rank and index not in done:
                     writer.append(index, score)
-            on_batch(len(records), int(response_r[list(batch.indices)].sum()))
+            on_batch(len(found), int(response_r[batch.indices].sum()))
             if time.monotonic() - flushed > flush_seconds:
                 writer.flush()
                 flushed = time.monotonic()
@@ -55,3 +57,29 @@ def score_snapshot(
         raise DataError(
             f"the teacher pass lacks {missing.size} of {len(snapshot)} records; run the stage again"
         )
+
+
+def _scored(
+    scorer: Scorer, snapshot: Snapshot, batches: list[ScoreBatch]
+) -> Iterator[tuple[ScoreBatch, list[Scores]]]:
+    """The batches in their order, some of them begun before the first is awaited."""
+    begun: list[tuple[ScoreBatch, list[list[Record]], Any]] = []
+    for batch in batches:
+        packed = read_packed(snapshot, batch)
+        begun.append((batch, packed, scorer.start(packed, batch.length, batch.rows)))
+        if len(begun) > AHEAD:
+            yield _awaited(scorer, *begun.pop(0))
+    for item in begun:
+        yield _awaited(scorer, *item)
+
+
+def _awaited(
+    scorer: Scorer, batch: ScoreBatch, packed: list[list[Record]], out: Any
+) -> tuple[ScoreBatch, list[Scores]]:
+    return batch, scorer.scores_of(packed, out)
+
+
+def read_packed(snapshot: Snapshot, batch: ScoreBatch) -> list[list[Record]]:
+    """The records of a batch, row by row."""
+    records = iter(snapshot.read_many(batch.indices))
+    return [[next(records) for _ in row] for row in batch.packed]

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_jax.data.collate import opd_batch, pack, packed_rows, padded_rows
+from opd_jax.data.collate import best_fit, opd_batch, pack, packed_rows, padded_rows
 from opd_jax.data.records import Record, Scores
 
 
@@ -43,6 +43,20 @@ def test_packing_keeps_every_item_once_and_no_row_overflows(lengths):
     rows = pack(lengths, 20)
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60))
+def test_best_fit_keeps_every_item_once_and_fills_rows(lengths):
+    rows = best_fit(lengths, 20)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert all(fill <= 20 or len(row) == 1 for fill, row in zip(filled, rows, strict=True))
+    # No row could take the longest item of a later one when that came: else it had been put there.
+    for at, row in enumerate(rows):
+        for later in rows[at + 1 :]:
+            longer = sum(lengths[i] for i in row if lengths[i] >= lengths[later[0]])
+            assert longer + lengths[later[0]] > 20
 
 
 def test_packed_rows_keep_records_apart_and_cut_what_is_too_long():

@@ -123,7 +123,7 @@ def test_contradictory_scores_are_refused(tmp_path):
     with scoring.writer(snapshot) as writer:
         writer.append(3, make_scores(3, 17, 4))
         for scores, message in [
-            (Scores(full.logprob), "with top-k here, without in others|without"),
+            (Scores(full.logprob), "has logprob, the others differ"),
             (Scores(full.logprob, full.topk_ids), "come together"),
             (Scores(full.logprob, full.topk_ids, full.topk_logprob[:, :3]), "widths 4 and 3"),
             (make_scores(2, 16, 5), "widths 5 and 5, others 4"),

@@ -12,7 +12,7 @@ from opd_jax.data.records import Record
 from opd_jax.data.store import create_store
 from opd_jax.errors import DataError, ModelError
 from opd_jax.model.transformer import LanguageModel
-from opd_jax.teacher.score import Scorer, length_bucket, score_batches
+from opd_jax.teacher.score import Scorer, padding_share, score_batches
 from opd_jax.teacher.score_pass import score_snapshot
 
 forward = jax.jit(LanguageModel.forward, static_argnums=0)
@@ -44,12 +44,17 @@ def test_scores_equal_an_unpadded_forward_in_float64(mesh):
     model, params = tiny(mesh=mesh and make_mesh(mesh))
     plain, _ = tiny()
     records = make_records(6)
-    found = Scorer(model, params, top_k=3).score(records, length=48, rows=8)
+    packed = [records[:1], records[1:3], records[3:]]
+    found = Scorer(model, params, top_k=3, entropy=True).score(packed, length=128, rows=4)
     for record, scores in zip(records, found, strict=True):
         full = oracle_logprobs(plain, jax.device_get(params), record)
         want = full[np.arange(len(full)), record.response_ids]
         np.testing.assert_allclose(scores.logprob, want, atol=1e-4)
+        probs = np.exp(full)
+        np.testing.assert_allclose(scores.entropy, -(probs * full).sum(-1), atol=1e-4)
         order = np.argsort(-full, axis=-1)[:, :3]
+        rest = 1 - np.take_along_axis(probs, order, -1).sum(-1)
+        np.testing.assert_allclose(scores.topk_rest, rest, atol=1e-5)
         np.testing.assert_array_equal(scores.topk_ids, order)
         # float16: worst error 0.004 at these sizes
         np.testing.assert_allclose(
@@ -61,20 +66,23 @@ def test_scores_equal_an_unpadded_forward_in_float64(mesh):
 @given(st.lists(st.integers(2, 400), min_size=1, max_size=60), st.integers(16, 2000))
 def test_batches_cover_every_record_once_within_their_shape(tokens, batch_tokens):
     model, params = tiny()
-    batches = list(score_batches(np.array(tokens), Scorer(model, params, 0, batch_tokens)))
+    batches = score_batches(np.array(tokens), Scorer(model, params, 0, batch_tokens))
     assert sorted(i for b in batches for i in b.indices) == list(range(len(tokens)))
+    assert len({(b.length, b.rows) for b in batches[:-1]} | {(b.length,) for b in batches}) <= 2
     for batch in batches:
-        assert len(batch.indices) <= batch.rows
-        assert all(tokens[i] - 1 <= batch.length for i in batch.indices)
+        assert len(batch.packed) == batch.rows
+        assert all(sum(tokens[i] - 1 for i in row) <= batch.length for row in batch.packed)
         assert batch.rows == 1 or batch.rows * batch.length <= batch_tokens
 
 
-def test_there_are_few_buckets_and_little_padding():
-    lengths = np.arange(1, 20_000)
-    buckets = np.array([length_bucket(int(n)) for n in lengths])
-    assert len(set(buckets)) < 60
-    assert np.all(buckets >= lengths)
-    assert np.all(buckets[lengths > 64] < 1.26 * lengths[lengths > 64])
+@pytest.mark.parametrize("longest", [300, 1200, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
+def test_padding_is_little_whatever_the_lengths(longest, spread):
+    model, params = tiny()
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(np.exp(rng.normal(5.5, spread, 1000)).astype(int) + 8, longest)
+    batches = score_batches(tokens, Scorer(model, params, 0, 8192))
+    assert padding_share(batches, tokens) < 0.05
 
 
 def test_a_pass_that_was_cut_off_ends_with_the_same_bits(tmp_path):
@@ -116,7 +124,7 @@ def test_a_broken_teacher_is_named_with_the_record():
     model, params = tiny()
     params = {**params, "final_norm": params["final_norm"] * np.nan}
     with pytest.raises(DataError, match="log-prob nan at response token 0 of record 'p0'/0"):
-        Scorer(model, params).score(make_records(1), length=48, rows=1)
+        Scorer(model, params).score([make_records(1)], length=48, rows=1)
 
 
 def test_more_top_k_than_vocabulary():
@@ -143,4 +151,4 @@ def test_a_token_beyond_the_teachers_vocabulary_is_named():
     last = model.arch.vocab_size
     record.response_ids[0] = last
     with pytest.raises(DataError, match=rf"record 'p0'/0 has token {last}, .* ends at {last - 1}"):
-        Scorer(model, params).score([record], length=48, rows=1)
+        Scorer(model, params).score([[record]], length=48, rows=1)
