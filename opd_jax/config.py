@@ -159,6 +159,8 @@ class ScoreConfig(Frozen):
     """The teacher pass; it stores the teacher's `top_k` likeliest tokens at every position, too."""
 
     top_k: int = Field(default=0, ge=0, le=4096)
+    entropy: bool = False
+    """Store the entropy of the teacher's distribution at every position, too."""
     batch_tokens: int = Field(default=8192, ge=1)
 
 

@@ -21,8 +21,9 @@ from opd_jax.sampling.sampler import SamplingJob, plan_for
 from opd_jax.sampling.slots import Sample
 from opd_jax.stages.context import RunContext, Split
 from opd_jax.stages.records import Json
-from opd_jax.teacher.score import Scorer
+from opd_jax.teacher.score import Scorer, padding_share, score_batches
 from opd_jax.teacher.score_pass import score_snapshot
+from opd_jax.teacher.self_test import self_test
 
 
 class Outcome(NamedTuple):
@@ -132,11 +133,14 @@ class ScoreTask(NamedTuple):
     teacher: Identity
     top_k: int
     batch_tokens: int
+    entropy: bool = False
+    self_test: bool = False
 
 
 def pass_name(task: ScoreTask) -> str:
     """A teacher's pass is named after the teacher: two teachers never share one."""
-    return f"{task.teacher.fingerprint[:12]}-top{task.top_k}"
+    more = "-entropy" if task.entropy else ""
+    return f"{task.teacher.fingerprint[:12]}-top{task.top_k}{more}"
 
 
 def score(
@@ -144,7 +148,7 @@ def score(
 ) -> tuple[TeacherPass, int]:
     """Score whatever the pass does not hold yet; returns it, and the tokens in it."""
     model, params = ctx.model("teacher")
-    scorer = Scorer(model, params, task.top_k, task.batch_tokens)
+    scorer = Scorer(model, params, task.top_k, task.batch_tokens, task.entropy)
     meta = {
         "teacher": task.teacher.to_json(),
         "top_k": task.top_k,
@@ -153,8 +157,21 @@ def score(
     }
     scores = store.create_pass(pass_name(task), meta)
     done = len(scores.committed_records(snapshot))
+    if task.self_test and done < len(snapshot):
+        _say_of_pass(task, scorer, snapshot)
     with StageProgress(task.stage, len(snapshot), "scored", done) as progress:
         on_batch: Callable[[int, int], None] = progress.add
         score_snapshot(scorer, snapshot, scores, on_batch, ctx.config.flush_seconds)
     barrier("scored")
     return scores, int(snapshot.lengths()[1].sum())
+
+
+def _say_of_pass(task: ScoreTask, scorer: Scorer, snapshot: Snapshot) -> None:
+    """Before the first record is scored: the self-test, and how full the batches are."""
+    say(stage_line(task.stage, self_test(scorer, snapshot)))
+    prompt_r, response_r = snapshot.lengths()
+    tokens_r = prompt_r + response_r
+    batches = score_batches(tokens_r, scorer)
+    share = padding_share(batches, tokens_r)
+    shape = f"{batches[0].rows} x {batches[0].length:,} tokens"
+    say(stage_line(task.stage, f"{len(batches):,} batches of {shape}, {share:.1%} padding"))

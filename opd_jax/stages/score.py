@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
+from opd_jax.core.progress import say, stage_line
 from opd_jax.data.store import open_store
+from opd_jax.data.store_pass import TeacherPass
+from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.stages.common import Outcome, ScoreTask, pass_name, score
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Json, write_json
+from opd_jax.teacher.summary import lines, summarize
 
 FOLDER = "rollouts"
+SUMMARY = "scores.json"
 
 
 def _task(ctx: RunContext) -> ScoreTask:
     config = ctx.config.score
-    return ScoreTask("score", ctx.identity("teacher"), config.top_k, config.batch_tokens)
+    teacher = ctx.identity("teacher")
+    return ScoreTask(
+        "score", teacher, config.top_k, config.batch_tokens, config.entropy, self_test=True
+    )
 
 
 def inputs(ctx: RunContext) -> Json:
@@ -29,7 +40,7 @@ def inputs(ctx: RunContext) -> Json:
 
 def artefacts(ctx: RunContext) -> list[Path]:
     """What `--force` removes: this teacher's pass, no other's."""
-    return [ctx.run_dir / FOLDER / "teacher" / pass_name(_task(ctx))]
+    return [ctx.run_dir / FOLDER / "teacher" / pass_name(_task(ctx)), ctx.run_dir / SUMMARY]
 
 
 def run(ctx: RunContext) -> Outcome:
@@ -38,6 +49,21 @@ def run(ctx: RunContext) -> Outcome:
     task = _task(ctx)
     store = open_store(ctx.run_dir / FOLDER)
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", "score")["snapshot"])
-    _, tokens = score(ctx, task, store, snapshot)
+    scores, tokens = score(ctx, task, store, snapshot)
+    _summarize(ctx, snapshot, scores)
     outputs = {"pass": pass_name(task), "teacher": task.teacher.to_json(), "top_k": task.top_k}
     return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+
+
+def _summarize(ctx: RunContext, snapshot: Snapshot, scores: TeacherPass) -> None:
+    """Show what the scores say, and keep all of it in the run folder."""
+    if jax.process_index() > 0:
+        return
+
+    def decode(ids: Sequence[int]) -> str:
+        return ctx.tokenizer("student").decode(ids, skip_special=False)
+
+    summary = summarize(snapshot, scores, decode)
+    write_json(ctx.run_dir / SUMMARY, summary)
+    for line in lines(summary):
+        say(stage_line("score", line))

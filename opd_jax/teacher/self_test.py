@@ -1,0 +1,92 @@
+"""Before a teacher pass: does the teacher give sound log-probs, the same ones twice, in any shape?
+
+A pass is computed once and trusted for ever, so a few records are scored three times first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from opd_jax.data.records import Record, Scores
+from opd_jax.data.store_snapshot import Snapshot
+from opd_jax.errors import DataError
+from opd_jax.teacher.score import Scorer, score_batches
+from opd_jax.teacher.score_pass import read_packed
+
+SHAPE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats, mean over the tokens: what another batch shape may change by rounding."""
+CONSTANT = 1e-6
+UNIFORM = 1e-3
+
+
+def self_test(scorer: Scorer, snapshot: Snapshot) -> str:
+    """Score some of the snapshot's records; returns what was seen, in a line.
+
+    The records are those of the first row of a batch. They are scored twice by themselves, and once
+    in the whole batch, where they stand in another order.
+
+    Raises:
+        DataError: log-probs that are not finite or above 0, all the same, -ln(vocabulary), or
+            different in another batch.
+    """
+    prompt_r, response_r = snapshot.lengths()
+    batch = score_batches(prompt_r + response_r, scorer)[0]
+    packed = read_packed(snapshot, batch)
+    few = packed[:1]
+    first, second = (scorer.score(few, batch.length, scorer.ways) for _ in range(2))
+    turned = [list(reversed(row)) for row in packed]
+    whole = scorer.score(turned, batch.length, batch.rows)[: len(few[0])][::-1]
+    _check_values(scorer, _joined(first))
+    again = _difference(few[0], first, second)
+    other = _difference(few[0], first, whole)
+    allowed = SHAPE_TOLERANCE[scorer.model.compute_dtype]
+    for difference, what in ((again, "a second time"), (other, "in another batch")):
+        if difference.mean > allowed:
+            raise DataError(
+                f"teacher: self-test: scored {what}, log-probs differ by {difference.mean:.2g} on "
+                f"average (allowed {allowed:g}), {difference.worst}; the results of this device "
+                "cannot be trusted: try model.attention=xla or model.compute_dtype=float32"
+            )
+    same = "to the bit" if again.largest == 0 else f"within {again.largest:.1e}"
+    return (
+        f"self-test of the teacher: {len(_joined(first)):,} tokens, the same twice {same}, "
+        f"in another batch within {other.largest:.1e}"
+    )
+
+
+class _Difference:
+    """How far two scorings of the same records are apart, in nats."""
+
+    def __init__(self, gaps: np.ndarray, worst: str) -> None:
+        self.mean, self.largest, self.worst = float(gaps.mean()), float(gaps.max()), worst
+
+
+def _difference(records: list[Record], a: list[Scores], b: list[Scores]) -> _Difference:
+    gaps = [np.abs(x.logprob - y.logprob) for x, y in zip(a, b, strict=True)]
+    number = int(np.argmax([gap.max() for gap in gaps]))
+    record, at = records[number], int(np.argmax(gaps[number]))
+    worst = (
+        f"the most at response token {at} of record '{record.prompt_id}'/{record.sample_index} "
+        f"({a[number].logprob[at]:.3f} and {b[number].logprob[at]:.3f})"
+    )
+    return _Difference(np.concatenate(gaps), worst)
+
+
+def _joined(scores: list[Scores]) -> np.ndarray:
+    return np.concatenate([s.logprob for s in scores])
+
+
+def _check_values(scorer: Scorer, logprob: np.ndarray) -> None:
+    uniform = -math.log(scorer.model.arch.vocab_size)
+    if np.abs(logprob - uniform).max() < UNIFORM:
+        raise DataError(
+            f"teacher: self-test: every token has log-prob {uniform:.3f}, minus the logarithm of "
+            "the vocabulary: the weights say nothing; check the teacher's folder"
+        )
+    if len(logprob) > 1 and np.ptp(logprob) < CONSTANT:
+        raise DataError(
+            f"teacher: self-test: every token has log-prob {logprob[0]:.3f}; the weights are "
+            "damaged: check the teacher's folder"
+        )

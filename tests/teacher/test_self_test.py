@@ -1,0 +1,97 @@
+"""A teacher that cannot be trusted is found before its first record is stored."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import tiny
+
+from opd_jax.config import MeshConfig
+from opd_jax.core.mesh import make_mesh
+from opd_jax.data.store import create_store
+from opd_jax.errors import DataError
+from opd_jax.teacher import score
+from opd_jax.teacher.score import Scorer
+from opd_jax.teacher.self_test import self_test
+from tests.teacher.test_score import make_records
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    store = create_store(tmp_path / "store", {})
+    with store.writer() as writer:
+        for record in make_records(12):
+            writer.append(record)
+    return store.freeze()
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)])
+def test_a_sound_teacher_passes(snapshot, mesh):
+    model, params = tiny(mesh=mesh and make_mesh(mesh))
+    line = self_test(Scorer(model, params, batch_tokens=256), snapshot)
+    assert "the same twice to the bit" in line
+
+
+def test_a_teacher_that_says_nothing(snapshot):
+    model, params = tiny()
+    silent = {**params, "final_norm": params["final_norm"] * 0}
+    with pytest.raises(DataError, match=r"log-prob -4\.159, minus the logarithm of the vocabulary"):
+        self_test(Scorer(model, silent), snapshot)
+
+
+def test_a_teacher_that_is_not_finite(snapshot):
+    model, params = tiny()
+    with pytest.raises(DataError, match=r"log-prob nan at response token 0 of record 'p\d+'/0"):
+        self_test(Scorer(model, {**params, "final_norm": params["final_norm"] * np.nan}), snapshot)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"), [(1, "scored a second time"), (2, "scored in another batch")]
+)
+def test_a_device_that_computes_something_else_at_times(snapshot, monkeypatch, call, words):
+    """The `call`-th batch from here comes back with one record's scores spoilt."""
+    model, params = tiny()
+    scorer = Scorer(model, params, batch_tokens=256)
+    right, calls = score._program, []
+
+    def program(*static):
+        def run(params, arrays):
+            out = right(*static)(params, arrays)
+            calls.append(1)
+            return out._replace(logprob_bt=out.logprob_bt - 3.0 * (len(calls) == call + 1))
+
+        return run
+
+    monkeypatch.setattr(score, "_program", program)
+    message = rf"{words}, log-probs differ by 3 on average .* of record 'p\d+'/0 .* cannot be trust"
+    with pytest.raises(DataError, match=message):
+        self_test(scorer, snapshot)
+
+
+def test_a_teacher_that_says_the_same_of_everything(snapshot, monkeypatch):
+    model, params = tiny()
+
+    def program(*_):
+        return lambda _params, arrays: score._Out(
+            jnp.full(arrays["input_bt"].shape, -2.5), *[jnp.zeros((1, 1, 0))] * 3
+        )
+
+    monkeypatch.setattr(score, "_program", program)
+    with pytest.raises(DataError, match=r"every token has log-prob -2\.500; the weights are damag"):
+        self_test(Scorer(model, params), snapshot)
+
+
+def test_records_that_see_each_other_are_found(snapshot, monkeypatch):
+    """Without segments, a record's scores depend on what stands before it in its row."""
+    model, params = tiny()
+    pack = score.packed_rows
+
+    def unkept(rows, length):
+        batch = pack(rows, length)
+        return {**batch, "segments_bt": np.ones_like(batch["segments_bt"])}
+
+    monkeypatch.setattr(score, "packed_rows", unkept)
+    scorer = dataclasses.replace(Scorer(model, params), batch_tokens=256)
+    with pytest.raises(DataError, match="scored in another batch, log-probs differ"):
+        self_test(scorer, snapshot)
