@@ -35,6 +35,7 @@ def build_report(run_dir: str | Path) -> Path:
         highest_kl=max((row.reverse_kl.mean for row in rows if row.reverse_kl), default=0.0),
         kl_change=_kl_changes(rows),
         stages=stage_rows(run.stages),
+        scores=run.scores,
         curves=_curves(run),
         examples=examples,
         picked=picked,

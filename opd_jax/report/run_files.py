@@ -17,13 +17,19 @@ SAMPLES_READ = 200
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The parsed files. `samples` maps a checkpoint to its first graded answers."""
+    """The parsed files.
+
+    Attributes:
+        samples: of each checkpoint, its first graded answers.
+        scores: what `teacher.summary` says of the teacher pass; empty where there is none.
+    """
 
     folder: Path
     summary: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     metrics: list[dict[str, Any]]
     samples: dict[str, list[dict[str, Any]]]
+    scores: dict[str, Any]
     config_text: str
 
 
@@ -32,8 +38,8 @@ def read_run(run_dir: str | Path) -> RunFiles:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder; run a stage first")
-    summary_file, config_file = folder / "summary.json", folder / "config.yaml"
-    summary = _read_object(summary_file) if summary_file.exists() else {}
+    config_file = folder / "config.yaml"
+    summary = _read_object(folder / "summary.json")
     stages = {
         path.stem: _read_object(path)
         for path in sorted(folder.glob("stages/*.json"))
@@ -49,11 +55,15 @@ def read_run(run_dir: str | Path) -> RunFiles:
             path.parent.name: _read_samples(path)
             for path in sorted(folder.glob("evaluate/*/samples.jsonl"))
         },
+        scores=_read_object(folder / "scores.json"),
         config_text=config_file.read_text(encoding="utf-8") if config_file.exists() else "",
     )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    if not path.exists():
+        return {}
     try:
         value = json.loads(path.read_bytes())
     except ValueError:

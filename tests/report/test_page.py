@@ -217,3 +217,17 @@ def test_figures_that_are_not_numbers_leave_a_gap(run_dir):
 def test_matplotlib_is_imported_only_to_draw():
     code = "import sys, opd_jax.report.page; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_most_surprising_tokens_stand_in_their_context(run_dir):
+    token = {"prompt_id": "p<7>", "sample_index": 1, "token": 4, "teacher": -17.26, "student": -0.4}
+    text = {"before": "one & ", "text": "two", "after": " three"}
+    scores = {"tokens": 1234, "teacher": -0.5, "student": -0.25, "apart": 0.078}
+    more = {"quantiles": {"0.01": -15.9}, "surprising": [token | text]}
+    (run_dir / "scores.json").write_text(json.dumps(scores | more))
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    assert "Of 1,234 response tokens" in page
+    assert "7.8% are more than 1 nat apart" in page
+    assert "p&lt;7&gt;/1" in page
+    assert "-17.3" in page
+    assert "one &amp; <mark>two</mark> three" in page
