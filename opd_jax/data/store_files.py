@@ -23,13 +23,21 @@ SCHEMA_VERSION = 1
 TENSORSTORE_ERRORS = (ValueError, IndexError, OSError, RuntimeError)
 
 
+class SchemaVersionError(DataError):
+    """A document of a version that this reader does not know."""
+
+
 @functools.cache
 def shared_context() -> ts.Context:
-    """One pool per process. The default of 32 requests is 4 times slower at 30 ms latency."""
+    """One pool per process. The default of 32 requests is 4 times slower at 30 ms latency.
+
+    What the pool is for are the shards' indices; a larger one fills with chunks that no other
+    record shares. Ten million tokens in records of 50: 256 MB read no faster, and take 230 MB more.
+    """
     requests = {"limit": 256}
     return ts.Context(
         {
-            "cache_pool": {"total_bytes_limit": 256_000_000},
+            "cache_pool": {"total_bytes_limit": 96_000_000},
             "file_io_concurrency": {"limit": 32},
             "gcs_request_concurrency": requests,
             "s3_request_concurrency": requests,
@@ -123,7 +131,7 @@ class StoreFiles:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path(key)}: damaged, not the JSON written; {repair}") from error
         if version != SCHEMA_VERSION:
-            raise DataError(
+            raise SchemaVersionError(
                 f"{self.path(key)}: schema version {version!r}, this opd_jax reads"
                 f" {SCHEMA_VERSION}; install the version that wrote it; if it is damaged: {repair}"
             )
