@@ -46,14 +46,18 @@ def shared_context() -> ts.Context:
     )
 
 
+def short_cause(error: Exception) -> str:
+    """What TensorStore says of an error, without where in its source."""
+    return str(error).splitlines()[0].split(" [source locations")[0][:300]
+
+
 @contextmanager
 def damage_named(path: str, repair: str) -> Generator[None]:
     """Turns what TensorStore raises inside into one line that names the file and the repair."""
     try:
         yield
     except TENSORSTORE_ERRORS as error:
-        cause = str(error).splitlines()[0].split(" [source locations")[0][:300]
-        raise DataError(f"{path}: cannot be read ({cause}); {repair}") from error
+        raise DataError(f"{path}: cannot be read ({short_cause(error)}); {repair}") from error
 
 
 def encode_document(body: dict[str, Any]) -> bytes:

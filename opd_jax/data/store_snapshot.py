@@ -118,6 +118,10 @@ class RecordView:
         """Prompt and response lengths, int64 [r] each, without reading a token."""
         return self._order.column("len_prompt"), self._order.column("len_response")
 
+    def truncated(self) -> float:
+        """Share of the responses that the limit cut."""
+        return float((self._finish == FINISH_REASONS.index("length")).mean())
+
     def read_many(self, indices: Iterable[int]) -> list[Record]:
         """The records at `indices`, in their order; all reads are in flight together.
 
