@@ -85,8 +85,8 @@ def look(files: StoreFiles) -> StoreLayout:
         DataError: it cannot be listed.
     """
     sizes, folders = _walk(files)
-    passes = sorted({key.split("/")[1] for key in (*sizes, *folders) if key.count("/") > 1
-                     and key.startswith("teacher/")})  # fmt: skip
+    inside = [key.split("/") for key in sizes if key.startswith("teacher/")]
+    passes = sorted({parts[1] for parts in inside if len(parts) > 2})
     committed = {
         f"{base}data/{name}/" for base in bases(passes) for name in commit_names(files, base)
     }

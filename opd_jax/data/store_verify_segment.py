@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -192,7 +193,8 @@ def _salvage(
         else:
             parts.setdefault(row, []).append(value)
     for shard, rows in sorted(failed.items()):
-        path, cause = array.shard_path(shard), f"cannot be read ({causes[shard]})"
+        path = array.shard_path(shard)
+        cause = f"cannot be read ({_without_files(causes[shard])})"
         if segment.columns is None:
             found.add(path, cause, segment.repair)
         else:
@@ -202,6 +204,11 @@ def _salvage(
     bad = {row for rows in failed.values() for row in rows}
     empty = np.zeros((0, *array.shape[1:]), np.int32)
     return [None if r in bad else np.concatenate(parts.get(r, [empty])) for r in range(len(spans))]
+
+
+def _without_files(cause: str) -> str:
+    """The line names the file already."""
+    return re.sub(r' in (local file )?"[^"]*"', "", cause)
 
 
 def check_records(segment: CheckedSegment, found: Findings) -> None:
