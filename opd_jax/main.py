@@ -138,8 +138,7 @@ def _run_store_tool(arguments: argparse.Namespace) -> int:
         return store_tools.inspect(arguments.inspect, arguments.tokenizer)
     if arguments.verify is not None:
         return store_tools.verify(arguments.verify)
-    hours = 24.0 if arguments.older_than is None else arguments.older_than
-    return store_tools.gc(arguments.gc, hours, arguments.dry_run)
+    return store_tools.gc(arguments.gc, arguments.older_than, arguments.dry_run)
 
 
 def _check_store_flags(arguments: argparse.Namespace) -> None:

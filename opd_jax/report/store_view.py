@@ -73,8 +73,8 @@ def _grid(rows: Sequence[tuple[str, str]]) -> Table:
 def _overview(facts: StoreFacts) -> list[tuple[str, str]]:
     records, tokens = len(facts.response_r), int(facts.response_r.sum())
     rows = [
-        ("records", f"{records:,}, of {_count(facts.prompts, 'prompt')},"
-                    f" in {_count(facts.segments, 'segment')}"),
+        ("records", f"{records:,}, of {counted(facts.prompts, 'prompt')},"
+                    f" in {counted(facts.segments, 'segment')}"),
         ("prompt tokens", f"{int(facts.prompt_r.sum()):,}"),
         ("response tokens", f"{tokens:,}"),
         ("truncated", f"{facts.truncated:.1%} (finish reason length)"),
@@ -87,7 +87,8 @@ def _overview(facts: StoreFacts) -> list[tuple[str, str]]:
     return [*rows, ("snapshots", _snapshots(facts))]
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """`1 record`, `2,000 records`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -96,7 +97,7 @@ def _of_sample(sampled: int, records: int) -> str:
 
 
 def _snapshots(facts: StoreFacts) -> str:
-    frozen = [f"{name[:12]} ({_count(n, 'record')})" for name, n in facts.snapshots.items()]
+    frozen = [f"{name[:12]} ({counted(n, 'record')})" for name, n in facts.snapshots.items()]
     if facts.content_hash in facts.snapshots:
         return ", ".join(frozen)
     return "; ".join([*frozen, "not all that is committed is frozen yet"])
@@ -180,7 +181,7 @@ def _record(example: Example, decode: Decode | None) -> RenderableType:
     head.append(f"{record.prompt_id}", style="bold")
     tokens = len(record.response_ids)
     reward = "" if np.isnan(record.reward) else f", reward {record.reward:g}"
-    head.append(f"  sample {record.sample_index}, {_count(tokens, 'token')},"
+    head.append(f"  sample {record.sample_index}, {counted(tokens, 'token')},"
                 f" {record.finish_reason}{reward}")  # fmt: skip
     texts = [("prompt", record.prompt_ids), ("response", record.response_ids)]
     grid = _grid([(name, _text(ids, decode)) for name, ids in texts])

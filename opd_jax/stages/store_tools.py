@@ -10,13 +10,13 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from opd_jax.data.store_gc import Orphan, collect_garbage
+from opd_jax.data.store_gc import DEFAULT_HOURS, Orphan, collect_garbage
 from opd_jax.data.store_inspect import StoreFacts, inspect_store
 from opd_jax.data.store_layout import open_files
 from opd_jax.data.store_verify import Verified, verify_store
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.errors import ModelError
-from opd_jax.report.store_view import render_store, wide_console
+from opd_jax.report.store_view import counted, render_store, wide_console
 
 DAMAGED = 3
 """Exit code of `verify` where anything is wrong."""
@@ -82,14 +82,10 @@ def _line(word: str, style: str, text: str) -> Text:
     return Text.assemble((word, style), text)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _verdict(result: Verified) -> Text:
     problems = len(result.found.problems)
     read = ", ".join(
-        _count(number, what)
+        counted(number, what)
         for number, what in (
             (result.records, "record"),
             (result.response_tokens, "response token"),
@@ -100,23 +96,24 @@ def _verdict(result: Verified) -> Text:
     passes = len(result.passes)
     read += f", {passes} teacher pass{'' if passes == 1 else 'es'}"
     if problems:
-        return _line("damaged  ", "bold red", f"{_count(problems, 'problem')} in {read}")
+        return _line("damaged  ", "bold red", f"{counted(problems, 'problem')} in {read}")
     return _line("sound    ", "bold green", read)
 
 
-def gc(root: str, older_than_hours: float, dry_run: bool) -> int:
+def gc(root: str, older_than_hours: float | None, dry_run: bool) -> int:
     """Remove what killed writers left behind."""
+    hours = DEFAULT_HOURS if older_than_hours is None else older_than_hours
     console = Console(highlight=False, soft_wrap=True)
     files = open_files(root)
-    result = collect_garbage(files, older_than_hours, dry_run)
+    result = collect_garbage(files, hours, dry_run)
     word = "would remove  " if dry_run else "removed  "
     for orphan in result.removed:
         console.print(_line(word, "red", f"{files.path(orphan.folder)}  {_told(orphan)}"))
     for orphan in result.kept:
         console.print(_line("kept  ", "yellow", f"{files.path(orphan.folder)}  {_told(orphan)}"))
     size = sum(orphan.size or 0 for orphan in result.removed)
-    count = _count(len(result.removed), "segment folder")
-    young = f"; {len(result.kept)} kept: younger than {older_than_hours:g} hours"
+    count = counted(len(result.removed), "segment folder")
+    young = f"; {len(result.kept)} kept: younger than {hours:g} hours"
     amount = "" if None in [o.size for o in result.removed] else f", {size:,} bytes"
     console.print(f"{word.strip()} {count} without a commit{amount}{young if result.kept else ''}")
     return 0
