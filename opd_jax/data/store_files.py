@@ -31,13 +31,14 @@ class SchemaVersionError(DataError):
 def shared_context() -> ts.Context:
     """One pool per process. The default of 32 requests is 4 times slower at 30 ms latency.
 
-    What the pool is for are the shards' indices; a larger one fills with chunks that no other
-    record shares. Ten million tokens in records of 50: 256 MB read no faster, and take 230 MB more.
+    The pool serves the shards' indices: no two records share a chunk. 256 MB in place of 64 take
+    280 MB more and read a tenth faster, in ten million tokens of records of 50; of 2,000, no faster
+    (benchmarks/store_open.py).
     """
     requests = {"limit": 256}
     return ts.Context(
         {
-            "cache_pool": {"total_bytes_limit": 96_000_000},
+            "cache_pool": {"total_bytes_limit": 64_000_000},
             "file_io_concurrency": {"limit": 32},
             "gcs_request_concurrency": requests,
             "s3_request_concurrency": requests,
