@@ -1,4 +1,7 @@
-"""The command line: `python -m opd_jax.main --config PATH [key=value ...]`."""
+"""The command line: `python -m opd_jax.main --config PATH [key=value ...]`.
+
+Also `--inspect`, `--verify` and `--gc`, which take a rollout store in place of a config.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,12 @@ from opd_jax.errors import ConfigError, OPDError
 
 _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplotlib")
 
+STORE_TOOLS = ("inspect", "verify", "gc")
+NOT_WITH_STORE = (
+    *("config", "stages", "force", "plan", "prompt", "chat", "checkpoint"),
+    *("coordinator", "processes", "rank"),
+)
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -23,13 +32,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the pipeline; the exit code is 2 for what the user can repair, 130 for Ctrl-C."""
+    """Run the pipeline, or look after a store.
+
+    The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged,
+    130 for Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
     try:
         arguments = _parse(words)
-        goes_on = "" if _talks(arguments) else "; the same command goes on from here"
-        _run(arguments)
+        alone = _talks(arguments) or _store_tool(arguments)
+        goes_on = "" if alone else "; the same command goes on from here"
+        return _run(arguments)
     except (OPDError, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
@@ -39,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"opd_jax: interrupted{goes_on}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -47,7 +60,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         prog="python -m opd_jax.main",
         description="Offline on-policy distillation: from prompts to a distilled student.",
     )
-    parser.add_argument("--config", required=True, metavar="PATH", help="the run's YAML file")
+    parser.add_argument("--config", metavar="PATH", help="the run's YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a dotted config key and its YAML value"
     )
@@ -67,14 +80,39 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--rank", type=int, metavar="I", help="which one this is, from 0")
-    return parser.parse_intermixed_args(words)
+    group = parser.add_argument_group(
+        "look after a store (a folder, gs://... or s3://...; no --config)"
+    )
+    group.add_argument("--inspect", metavar="STORE", help="show what it holds")
+    group.add_argument("--tokenizer", metavar="PATH", help="a model, for the text of --inspect")
+    group.add_argument(
+        "--verify", metavar="STORE", help="name everything that is wrong with it; exit code 3 if so"
+    )
+    group.add_argument("--gc", metavar="STORE", help="remove segments that were never committed")
+    group.add_argument(
+        "--older-than", type=float, metavar="HOURS", help="and not written to for so long (24)"
+    )
+    group.add_argument("--dry-run", action="store_true", help="only list what --gc would remove")
+    arguments = parser.parse_intermixed_args(words)
+    if arguments.config is None and not _store_tool(arguments):
+        parser.error("the following arguments are required: --config")
+    return arguments
 
 
 def _talks(arguments: argparse.Namespace) -> bool:
     return arguments.chat or arguments.prompt is not None
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _store_tool(arguments: argparse.Namespace) -> str:
+    """Which of the flags that take a store is given; empty if none is."""
+    given = [name for name in STORE_TOOLS if getattr(arguments, name) is not None]
+    return given[0] if given else ""
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _check_store_flags(arguments)
+    if _store_tool(arguments):
+        return _run_store_tool(arguments)
     _check_flags(arguments)
     config = load_config(arguments.config, arguments.overrides)
     # jax and what builds on it take seconds to import: a misspelt key should not wait for them.
@@ -82,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from opd_jax.stages import chat
 
         chat.run(config, arguments.checkpoint, arguments.prompt)
-        return
+        return 0
     from opd_jax.core import distributed
 
     distributed.start(arguments.coordinator, arguments.processes, arguments.rank)
@@ -90,6 +128,36 @@ def _run(arguments: argparse.Namespace) -> None:
 
     stages = None if arguments.stages is None else _names([arguments.stages])
     pipeline.run(config, stages=stages, force=_names(arguments.force), plan_only=arguments.plan)
+    return 0
+
+
+def _run_store_tool(arguments: argparse.Namespace) -> int:
+    from opd_jax.stages import store_tools
+
+    if arguments.inspect is not None:
+        return store_tools.inspect(arguments.inspect, arguments.tokenizer)
+    if arguments.verify is not None:
+        return store_tools.verify(arguments.verify)
+    return store_tools.gc(arguments.gc, arguments.older_than, arguments.dry_run)
+
+
+def _check_store_flags(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go together, as far as stores are concerned."""
+    tool = _store_tool(arguments)
+    for name, owner in (("tokenizer", "inspect"), ("older_than", "gc"), ("dry_run", "gc")):
+        if getattr(arguments, name) not in (None, False) and getattr(arguments, owner) is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --{owner}; give it a store")
+    if not tool:
+        return
+    if not getattr(arguments, tool).strip():
+        raise ConfigError(f"--{tool} is empty; give it a folder or a gs:// or s3:// address")
+    if arguments.older_than is not None and not arguments.older_than >= 0:
+        raise ConfigError(f"--older-than {arguments.older_than:g}: give hours, 0 or more")
+    if arguments.overrides:
+        raise ConfigError(f"--{tool} takes no config key: leave out {arguments.overrides[0]!r}")
+    for name in (*STORE_TOOLS, *NOT_WITH_STORE):
+        if name != tool and getattr(arguments, name) not in (None, [], False):
+            raise ConfigError(f"--{tool} and --{name} do not go together; leave one of them out")
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:

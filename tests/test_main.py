@@ -142,3 +142,62 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("opd_jax: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """Store tools that only note their arguments."""
+    from opd_jax.stages import store_tools
+
+    calls = []
+    for name, code in (("inspect", 0), ("verify", 3), ("gc", 0)):
+        monkeypatch.setattr(
+            store_tools,
+            name,
+            lambda *args, name=name, code=code: calls.append((name, *args)) or code,
+        )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "call", "code"),
+    [
+        (["--inspect", "s"], ("inspect", "s", None), 0),
+        (["--inspect", "s", "--tokenizer", "t"], ("inspect", "s", "t"), 0),
+        (["--verify", "gs://b/s"], ("verify", "gs://b/s"), 3),
+        (["--gc", "s"], ("gc", "s", None, False), 0),
+        (["--gc", "s", "--older-than", "0.5", "--dry-run"], ("gc", "s", 0.5, True), 0),
+    ],
+)
+def test_a_store_tool_needs_no_config_and_its_exit_code_is_ours(tools, pipeline, words, call, code):
+    assert main(words) == code
+    assert tools == [call]
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--inspect", "s", "--verify", "s"], "--inspect and --verify do not go together"),
+        (["--gc", "s", "--config", "c"], "--gc and --config do not go together"),
+        (["--verify", "s", "--stages", "score"], "--verify and --stages do not go together"),
+        (["--verify", "s", "--chat"], "--verify and --chat do not go together"),
+        (["--verify", "s", "--prompt", "x"], "--verify and --prompt do not go together"),
+        (["--verify", "s", "--processes", "2"], "--verify and --processes do not go together"),
+        (["--verify", "s", "seed=1"], "--verify takes no config key: leave out 'seed=1'"),
+        (["--verify", "s", "--tokenizer", "t"], "--tokenizer is for --inspect"),
+        (["--inspect", "s", "--older-than", "3"], "--older-than is for --gc"),
+        (["--config", "c", "--dry-run"], "--dry-run is for --gc"),
+        (["--gc", "s", "--older-than", "-1"], "--older-than -1: give hours, 0 or more"),
+        (["--gc", "s", "--older-than", "nan"], "--older-than nan: give hours, 0 or more"),
+        (["--gc", "s", "--older-than", "soon"], "invalid float value: 'soon'"),
+        (["--verify", " "], "--verify is empty; give it a folder"),
+        (["--verify"], "expected one argument"),
+    ],
+)
+def test_flags_that_do_not_fit_a_store_are_refused(tools, pipeline, words, expected, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+    assert tools == pipeline.calls == []

@@ -23,7 +23,7 @@ from opd_jax.data.store_files import StoreFiles
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_rows import FINISH_REASONS, record_columns, record_keys, vector
 from opd_jax.data.store_segments import SegmentCache, next_segment_name, write_segment
-from opd_jax.data.store_snapshot import Snapshot, freeze
+from opd_jax.data.store_snapshot import RecordView, Snapshot, committed_segments, freeze
 from opd_jax.errors import DataError
 
 FIELDS = (
@@ -102,6 +102,14 @@ class Store:
     def open_snapshot(self, snapshot_hash: str) -> Snapshot:
         """Opens a frozen snapshot and checks its segments against it."""
         return Snapshot(self.files, self._segments, snapshot_hash)
+
+    def view(self) -> RecordView:
+        """All that is committed now, frozen or not: to look at, for training opens a snapshot.
+
+        Raises:
+            DataError: nothing is committed, or a segment is damaged.
+        """
+        return RecordView(committed_segments(self.files, self._segments))
 
     def create_pass(self, name: str, meta: dict[str, Any]) -> TeacherPass:
         """Creates a teacher pass, or opens the one of that name when its meta is equal."""

@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from opd_jax.data.store_files import StoreFiles, damage_named, shared_context
+from opd_jax.data.store_files import (
+    TENSORSTORE_ERRORS,
+    StoreFiles,
+    damage_named,
+    shared_context,
+    short_cause,
+)
 from opd_jax.errors import DataError
 
 SHARD_TOKENS = 16_777_216
@@ -216,9 +222,38 @@ class StoredArray:
         with damage_named(self._files.path(self._folder), self._repair):
             return self._array.read().result()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[tokens] or [tokens, k]."""
+        return self._array.shape
+
+    @property
+    def shard_tokens(self) -> int:
+        """Length of the token axis that one file holds."""
+        return self._described["metadata"]["chunk_grid"]["configuration"]["chunk_shape"][0]
+
+    def shard_path(self, shard: int) -> str:
+        """The file of that shard, for messages."""
+        return self._files.path(f"{self._folder}c/{shard}{'/0' * (len(self.shape) - 1)}")
+
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[np.ndarray | str]:
+        """Each span of the axis, or what hinders reading it: for one who wants all the damage."""
+        reads = [self._array[start:end].read() for start, end in spans]
+        found: list[np.ndarray | str] = []
+        for read in reads:
+            try:
+                found.append(read.result())
+            except TENSORSTORE_ERRORS as error:
+                found.append(short_cause(error))
+        return found
+
     def verify_metadata(self) -> None:
-        """Compares `zarr.json`, which no reader here needs, with the digest in the commit."""
+        """Compares `zarr.json`, which no reader here needs, with what the commit says of it."""
         key = self._folder + "zarr.json"
         raw = self._files.read(key, self._repair)
         if hashlib.sha256(raw).hexdigest() != self._described["zarr_json_sha256"]:
             raise DataError(f"{self._files.path(key)}: damaged, digest differs; {self._repair}")
+        if json.loads(raw) != self._described["metadata"]:
+            raise DataError(
+                f"{self._files.path(key)}: is not the metadata in the commit; {self._repair}"
+            )

@@ -19,7 +19,7 @@ from opd_jax.data.store_arrays import Field
 from opd_jax.data.store_files import StoreFiles
 from opd_jax.data.store_rows import vector
 from opd_jax.data.store_segments import Segment, SegmentCache, next_segment_name, write_segment
-from opd_jax.data.store_snapshot import Snapshot, checked_indices, read_fields
+from opd_jax.data.store_snapshot import RecordView, Snapshot, checked_indices, read_fields
 from opd_jax.errors import DataError
 
 FIELDS = (
@@ -49,7 +49,7 @@ class TeacherPass:
         self._segments = SegmentCache(files, self._base)
         self._index: ScoreIndex | None = None
 
-    def committed_records(self, snapshot: Snapshot) -> set[int]:
+    def committed_records(self, snapshot: RecordView) -> set[int]:
         """Indices of the snapshot's records that have scores.
 
         Raises:
@@ -57,11 +57,11 @@ class TeacherPass:
         """
         return set(self._refreshed(snapshot).scored().tolist())
 
-    def _refreshed(self, snapshot: Snapshot) -> ScoreIndex:
+    def _refreshed(self, snapshot: RecordView) -> ScoreIndex:
         self._index = ScoreIndex(self._files.path(self._base), self._segments.all(), snapshot)
         return self._index
 
-    def _indexed(self, snapshot: Snapshot, wanted: np.ndarray) -> ScoreIndex:
+    def _indexed(self, snapshot: RecordView, wanted: np.ndarray) -> ScoreIndex:
         """The index that has all of `wanted`, re-read only where the one in memory has not."""
         index = self._index
         if index is None or index.snapshot_hash != snapshot.hash or index.lacks(wanted).size:
@@ -80,8 +80,13 @@ class TeacherPass:
         """A writer of scores for that snapshot's records."""
         return PassWriter(self._files, self._base, snapshot, process_index)
 
-    def read_many(self, snapshot: Snapshot, indices: Iterable[int]) -> list[Scores]:
+    def read_many(
+        self, snapshot: RecordView, indices: Iterable[int], topk: bool = True
+    ) -> list[Scores]:
         """Scores of the records at `indices`, in their order.
+
+        Args:
+            topk: whether to read the top-k as well, where it is stored: most of the bytes.
 
         Raises:
             DataError: a record has none, or they are damaged.
@@ -90,7 +95,8 @@ class TeacherPass:
         index = self._indexed(snapshot, wanted)
         places = index.segment_r[wanted], index.row_r[wanted]
         used = [index.segments[i] for i in set(places[0].tolist())]
-        fields = [f.name for f in FIELDS if all(segment.has(f.name) for segment in used)]
+        names = [f.name for f in FIELDS if topk or f.name not in WIDE]
+        fields = [name for name in names if all(segment.has(name) for segment in used)]
         rows = read_fields(index.segments, *places, fields)
         return [Scores(**dict(zip(fields, row, strict=True))) for row in rows]
 
@@ -112,7 +118,7 @@ class ScoreIndex:
         row_r: the row there.
     """
 
-    def __init__(self, path: str, segments: list[Segment], snapshot: Snapshot) -> None:
+    def __init__(self, path: str, segments: list[Segment], snapshot: RecordView) -> None:
         self.snapshot_hash = snapshot.hash
         self.segments = segments
         self.segment_r = np.full(len(snapshot), -1, np.int64)
@@ -158,7 +164,7 @@ class ScoreIndex:
         return wanted[self.segment_r[wanted] < 0]
 
 
-def _record_numbers(snapshot: Snapshot) -> dict[str, np.ndarray]:
+def _record_numbers(snapshot: RecordView) -> dict[str, np.ndarray]:
     """For each segment's name, the record index of each of its rows."""
     segment_r, row_r = snapshot.places()
     numbers = [np.zeros(len(segment), np.int64) for segment in snapshot.segments]

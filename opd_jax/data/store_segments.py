@@ -83,6 +83,28 @@ def write_segment(
     return files.write_document(f"{base}commits/{name}.json", commit)
 
 
+def segment_repair(files: StoreFiles, base: str, name: str) -> str:
+    """What to do about a damaged segment."""
+    commit = files.path(f"{base}commits/{name}.json")
+    return f"delete {commit} and run the stage that wrote it again: it makes only what is missing"
+
+
+def read_columns(
+    files: StoreFiles, base: str, name: str, commit: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The columns of `records.npz`.
+
+    Raises:
+        DataError: they are missing or not those that were committed.
+    """
+    key, repair = f"{base}data/{name}/records.npz", segment_repair(files, base, name)
+    raw = files.read(key, repair)
+    if hashlib.sha256(raw).hexdigest() != commit["records_sha256"]:
+        raise DataError(f"{files.path(key)}: damaged, digest differs; {repair}")
+    with np.load(io.BytesIO(raw), allow_pickle=False) as packed:
+        return {column: packed[column] for column in packed.files}
+
+
 class Segment:
     """A committed segment, its columns in memory and its arrays open.
 
@@ -93,18 +115,10 @@ class Segment:
     def __init__(self, files: StoreFiles, base: str, name: str, budget: KeepBudget) -> None:
         self.name = name
         self.path = files.path(f"{base}data/{name}")
-        self.repair = (
-            f"delete {files.path(f'{base}commits/{name}.json')} and run the stage that wrote it"
-            " again: it makes only what is missing"
-        )
+        self.repair = segment_repair(files, base, name)
         self.commit = files.read_document(f"{base}commits/{name}.json", self.repair)
         self.digest: str = self.commit["sha256"]
-        key = f"{base}data/{name}/records.npz"
-        raw = files.read(key, self.repair)
-        if hashlib.sha256(raw).hexdigest() != self.commit["records_sha256"]:
-            raise DataError(f"{files.path(key)}: damaged, digest differs; {self.repair}")
-        with np.load(io.BytesIO(raw), allow_pickle=False) as packed:
-            self.columns = {name: packed[name] for name in packed.files}
+        self.columns = read_columns(files, base, name, self.commit)
         self._arrays = {
             field: StoredArray(files, f"{base}data/{name}/{field}/", described, self.repair)
             for field, described in self.commit["fields"].items()

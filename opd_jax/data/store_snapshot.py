@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -34,16 +34,20 @@ class RecordOrder:
         self.segment_r = np.array([index for _, index, _ in rows], np.int64)
         self.row_r = np.array([row for _, _, row in rows], np.int64)
 
-    def refuse_duplicates(self) -> None:
-        """Raises DataError naming the first pair that was committed twice."""
+    def duplicates(self) -> Iterator[tuple[tuple[str, int], str, str]]:
+        """Every pair that was committed twice, and the names of the two segments."""
         for index in range(1, len(self.keys)):
             if self.keys[index] == self.keys[index - 1]:
-                names = [self.segments[self.segment_r[i]].name for i in (index - 1, index)]
-                key = self.keys[index]
-                raise DataError(
-                    f"prompt {key[0]!r}, sample {key[1]} was committed twice, in {names[0]} and"
-                    f" {names[1]}; delete commits/{names[1]}.json and run the stage again"
-                )
+                first, second = self.segment_r[index - 1], self.segment_r[index]
+                yield self.keys[index], self.segments[first].name, self.segments[second].name
+
+    def refuse_duplicates(self) -> None:
+        """Raises DataError naming the first pair that was committed twice."""
+        for key, first, second in self.duplicates():
+            raise DataError(
+                f"prompt {key[0]!r}, sample {key[1]} was committed twice, in {first} and"
+                f" {second}; delete commits/{second}.json and run the stage again"
+            )
 
     def column(self, name: str) -> np.ndarray:
         """A column of all segments in record order."""
@@ -56,11 +60,21 @@ class RecordOrder:
         return hashlib.sha256(self.column("digest").tobytes()).hexdigest()
 
 
-def freeze(files: StoreFiles, cache: SegmentCache) -> Snapshot:
-    """Writes the snapshot of all that is committed now."""
+def committed_segments(files: StoreFiles, cache: SegmentCache) -> list[Segment]:
+    """The segments that hold anything.
+
+    Raises:
+        DataError: there are none, or one is damaged.
+    """
     segments = [segment for segment in cache.all() if len(segment)]
     if not segments:
         raise DataError(f"{files.root}: nothing is committed; run the stage that writes it first")
+    return segments
+
+
+def freeze(files: StoreFiles, cache: SegmentCache) -> Snapshot:
+    """Writes the snapshot of all that is committed now."""
+    segments = committed_segments(files, cache)
     order = RecordOrder(segments)
     order.refuse_duplicates()
     snapshot_hash = order.content_hash()
@@ -72,46 +86,28 @@ def freeze(files: StoreFiles, cache: SegmentCache) -> Snapshot:
     return Snapshot(files, cache, snapshot_hash)
 
 
-class Snapshot:
-    """A frozen snapshot, open for reading.
+class RecordView:
+    """Records in the order of their keys, open for reading, frozen or not.
 
     Attributes:
         hash: names the content; independent of segments, processes and time.
         keys: (prompt id, sample index) per record, sorted.
         rewards: float64 [r], NaN where nothing was graded.
-
-    Raises:
-        DataError: it is missing or damaged, or a segment is not the one that was frozen.
     """
 
-    def __init__(self, files: StoreFiles, cache: SegmentCache, snapshot_hash: str) -> None:
-        self.hash = snapshot_hash
-        key = f"snapshots/{snapshot_hash}.json"
-        body = files.read_document(key, "freeze the store again by running the stage that wrote it")
-        self.path = files.path(key)
-        segments = [self._frozen(cache, entry) for entry in body["segments"]]
+    def __init__(self, segments: Sequence[Segment]) -> None:
         self._order = RecordOrder(segments)
+        self.hash = self._order.content_hash()
         self.keys = self._order.keys
-        if self._order.content_hash() != snapshot_hash:
-            raise DataError(f"{self.path}: is not the snapshot its name says; freeze again")
         self._finish = self._order.column("finish")
         self.rewards = self._order.column("reward")
-
-    def _frozen(self, cache: SegmentCache, entry: dict[str, str]) -> Segment:
-        segment = cache.load(entry["name"])
-        if segment.digest != entry["digest"]:
-            raise DataError(
-                f"{self.path}: segment {segment.name} is not the one that was frozen;"
-                " freeze the store again and redo what was made from this snapshot"
-            )
-        return segment
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def segments(self) -> list[Segment]:
-        """The frozen segments."""
+        """Where the records lie."""
         return self._order.segments
 
     def places(self) -> tuple[np.ndarray, np.ndarray]:
@@ -121,6 +117,10 @@ class Snapshot:
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response lengths, int64 [r] each, without reading a token."""
         return self._order.column("len_prompt"), self._order.column("len_response")
+
+    def truncated(self) -> float:
+        """Share of the responses that the limit cut."""
+        return float((self._finish == FINISH_REASONS.index("length")).mean())
 
     def read_many(self, indices: Iterable[int]) -> list[Record]:
         """The records at `indices`, in their order; all reads are in flight together.
@@ -166,6 +166,31 @@ class Snapshot:
                     raise DataError(
                         f"{segment.path}: row {row} is not the record written; {segment.repair}"
                     )
+
+
+class Snapshot(RecordView):
+    """A frozen snapshot, open for reading.
+
+    Raises:
+        DataError: it is missing or damaged, or a segment is not the one that was frozen.
+    """
+
+    def __init__(self, files: StoreFiles, cache: SegmentCache, snapshot_hash: str) -> None:
+        key = f"snapshots/{snapshot_hash}.json"
+        body = files.read_document(key, "freeze the store again by running the stage that wrote it")
+        self.path = files.path(key)
+        super().__init__([self._frozen(cache, entry) for entry in body["segments"]])
+        if self.hash != snapshot_hash:
+            raise DataError(f"{self.path}: is not the snapshot its name says; freeze again")
+
+    def _frozen(self, cache: SegmentCache, entry: dict[str, str]) -> Segment:
+        segment = cache.load(entry["name"])
+        if segment.digest != entry["digest"]:
+            raise DataError(
+                f"{self.path}: segment {segment.name} is not the one that was frozen;"
+                " freeze the store again and redo what was made from this snapshot"
+            )
+        return segment
 
 
 def checked_indices(indices: Iterable[int], records: int) -> np.ndarray:

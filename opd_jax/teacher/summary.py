@@ -36,7 +36,7 @@ def summarize(snapshot: Snapshot, scores: TeacherPass, decode: Decode) -> dict[s
         indices = range(start, min(start + RECORDS_AT_ONCE, len(snapshot)))
         records = snapshot.read_many(indices)
         for index, record, score in zip(
-            indices, records, scores.read_many(snapshot, indices), strict=True
+            indices, records, scores.read_many(snapshot, indices, topk=False), strict=True
         ):
             teacher, student = score.logprob.astype(np.float64), record.student_logprob
             sums += teacher.sum(), student.sum(), (np.abs(teacher - student) > 1).sum()
