@@ -18,7 +18,7 @@ from opd_jax.data.prompts import Prompt, load_prompts
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.errors import DataError
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.load import architecture_of, read_model, resolve_dtype
+from opd_jax.model.load import architecture_of, padding_start, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.stages.records import Json, StageRecords, read_json, write_json
 from opd_jax.teacher.consistency import check_same_tokenizer, check_vocabulary_rows
@@ -65,9 +65,11 @@ class RunContext:
 
     def program(self, role: Role) -> LanguageModel:
         """A model of the config without its parameters."""
-        arch = architecture_of(self.path(role))
-        config = self.config.model
-        return LanguageModel(arch, self.compute_dtype, config.remat, self.mesh, config.attention)
+        arch, config = architecture_of(self.path(role)), self.config.model
+        padded_from = padding_start(arch, self.tokenizer(role).vocab_size)
+        return LanguageModel(
+            arch, self.compute_dtype, config.remat, self.mesh, config.attention, padded_from
+        )
 
     def check_models(self) -> None:
         """Raises ConsistencyError unless ids mean the same to teacher and student."""
@@ -89,6 +91,7 @@ class RunContext:
                 config.remat,
                 self.mesh,
                 config.attention,
+                self.tokenizer(role).vocab_size,
             )
             rows = self._cache[key][0].arch.vocab_size
             self.tokenizer(role).check_vocabulary(rows, self.path(role))

@@ -172,10 +172,10 @@ def _check_vocabulary(ctx: RunContext) -> None:
     for role in ROLES:
         rows, path = ctx.program(role).arch.vocab_size, ctx.path(role)
         ctx.tokenizer(role).check_vocabulary(rows, path)
-    top_k, rows = ctx.config.score.top_k, ctx.program("teacher").arch.vocab_size
-    if top_k > rows:
+    top_k, tokens = ctx.config.score.top_k, ctx.program("teacher").vocabulary
+    if top_k > tokens:
         raise ConfigError(
-            f"score.top_k={top_k} is more than the teacher's vocabulary of {rows}; lower it"
+            f"score.top_k={top_k} is more than the teacher's vocabulary of {tokens}; lower it"
         )
 
 

@@ -48,10 +48,10 @@ class Scorer:
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        if self.top_k > self.model.arch.vocab_size:
+        if self.top_k > self.model.vocabulary:
             raise ModelError(
                 f"score.top_k={self.top_k} is more than the teacher's vocabulary of "
-                f"{self.model.arch.vocab_size}; make it smaller"
+                f"{self.model.vocabulary}; make it smaller"
             )
 
     def rows(self, length: int) -> int:
@@ -76,7 +76,7 @@ class Scorer:
             DataError: a token the teacher has no row for, or a score that is no log-prob.
         """
         for record in records:
-            _check_ids(record, self.model.arch.vocab_size)
+            _check_ids(record, self.model.vocabulary)
         filled = [*records, *[records[-1]] * (rows - len(records))]
         batch = padded_rows(filled, length)
         names = ("input_bt", "target_bt", "positions_bt")
@@ -102,12 +102,12 @@ class Scorer:
 
 
 def _check_ids(record: Record, vocab_size: int) -> None:
-    """A student may have more embedding rows than the teacher, but must not use them."""
+    """Rows of embedding and head beyond the tokenizer's tokens only pad the vocabulary."""
     largest = max(int(ids.max(initial=0)) for ids in (record.prompt_ids, record.response_ids))
     if largest >= vocab_size:
         raise DataError(
             f"teacher: record '{record.prompt_id}'/{record.sample_index} has token {largest}, the "
-            f"teacher's vocabulary ends at {vocab_size - 1}; cut the student's rows beyond that"
+            f"teacher's vocabulary ends at {vocab_size - 1}; sample again with --force rollout"
         )
 
 
@@ -127,10 +127,11 @@ def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
     def program(params: Params, batch: dict[str, jax.Array]) -> _Out:
         out = model.forward(params, batch["input_bt"], batch["positions_bt"])
         head, target_bt = model.head_parameter(params), batch["target_bt"]
+        place = {"mesh": model.mesh, "padded_from": model.padded_from}
         if top_k:
-            found = top_k_logprobs(out.hidden_btd, head, target_bt, top_k, model.mesh)
+            found = top_k_logprobs(out.hidden_btd, head, target_bt, top_k, **place)
             return _Out(found.logprob_bt, found.ids_btk, found.logprob_btk)
-        chosen = chosen_logprobs(out.hidden_btd, head, target_bt[..., None], model.mesh)
+        chosen = chosen_logprobs(out.hidden_btd, head, target_bt[..., None], **place)
         logprob = chosen.logprob_bts[..., 0]
         empty = logprob[..., None][..., :0]
         return _Out(logprob, empty.astype(np.int32), empty)
