@@ -127,11 +127,13 @@ def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
     def program(params: Params, batch: dict[str, jax.Array]) -> _Out:
         out = model.forward(params, batch["input_bt"], batch["positions_bt"])
         head, target_bt = model.head_parameter(params), batch["target_bt"]
-        place = {"mesh": model.mesh, "padded_from": model.padded_from}
+        mesh, padded = model.mesh, model.padded_from
         if top_k:
-            found = top_k_logprobs(out.hidden_btd, head, target_bt, top_k, **place)
+            found = top_k_logprobs(out.hidden_btd, head, target_bt, top_k, mesh, padded_from=padded)
             return _Out(found.logprob_bt, found.ids_btk, found.logprob_btk)
-        chosen = chosen_logprobs(out.hidden_btd, head, target_bt[..., None], **place)
+        chosen = chosen_logprobs(
+            out.hidden_btd, head, target_bt[..., None], mesh, padded_from=padded
+        )
         logprob = chosen.logprob_bts[..., 0]
         empty = logprob[..., None][..., :0]
         return _Out(logprob, empty.astype(np.int32), empty)
