@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opd_jax.algo.padding import LOWEST, without_padding
 from opd_jax.core.mesh import axis_size, constrain
 
 BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
 KEPT_LOGITS = 2**27  # half a GiB
 CHUNK_TOKENS = 1024
-LOWEST = -1e30  # finite: 0 * LOWEST is 0
 
 
 class ChosenLogprobs(NamedTuple):
@@ -49,10 +49,12 @@ class _Plan(NamedTuple):
     mesh: Mesh | None
     shards: int
     """Pieces of the vocabulary, as the mesh cuts it: each is run through on its own."""
+    size: int
+    """Rows of each piece."""
     rows: int
     """Rows of each piece whose logits exist at a time."""
-    keep: bool
-    """Whether the backward pass finds the logits of the forward pass."""
+    keep: bool  # whether the backward pass finds the logits of the forward pass
+    padded_from: int | None
 
 
 def chosen_logprobs(
@@ -61,6 +63,7 @@ def chosen_logprobs(
     ids_bts: jax.Array,
     mesh: Mesh | None = None,
     block_rows: int | None = None,
+    padded_from: int | None = None,
 ) -> ChosenLogprobs:
     """Log-probs of `ids_bts` at every position, and the entropy there.
 
@@ -69,15 +72,15 @@ def chosen_logprobs(
         head_vd: logits are `hidden_btd @ head_vd.T`; its gradient has its dtype.
         ids_bts: int32 in [0, v); the s ids of a position need not differ.
         mesh: where the head lies; `None`: one device.
-        block_rows: rows of each piece of the vocabulary whose logits exist at a time; `None`: as
-            many as keep them below `BLOCK_LOGITS`.
+        block_rows: `rows` of the plan; `None`: as many as keep the logits below `BLOCK_LOGITS`.
+        padded_from: first row of the head that is no token and has no probability, if one is.
     """
-    b, t, d = hidden_btd.shape
-    v = head_vd.shape[0]
+    (b, t, d), v = hidden_btd.shape, head_vd.shape[0]
     shards = 1 if mesh is None else axis_size(mesh, "vocab")
     fitting = block_rows or max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards))
     keep = b * t <= d and b * t * v <= KEPT_LOGITS
-    plan = _Plan(mesh, shards, min(v // shards, fitting), keep)
+    size = v // shards
+    plan = _Plan(mesh, shards, size, min(size, fitting), keep, padded_from)
     found = _chosen(hidden_btd, head_vd, ids_bts, plan)
     return ChosenLogprobs(*cast(tuple[jax.Array, jax.Array], found))  # `custom_vjp` hides the type
 
@@ -89,6 +92,7 @@ def top_k_logprobs(
     k: int,
     mesh: Mesh | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    padded_from: int | None = None,
 ) -> TopK:
     """The target's log-prob, the `k` likeliest tokens and the entropy, in one pass. Forward only.
 
@@ -104,6 +108,7 @@ def top_k_logprobs(
         logits_bcnv = jnp.einsum(
             "bcd,nvd->bcnv", hidden, head_nvd, preferred_element_type=jnp.float32
         )
+        logits_bcnv = without_padding(logits_bcnv, (2, 3), padded_from)
         lse_bc = jax.nn.logsumexp(logits_bcnv, axis=(-2, -1))
         logprob_bcnv = logits_bcnv - lse_bc[..., None, None]
         entropy_bc = -jnp.sum(jnp.exp(logprob_bcnv) * logprob_bcnv, axis=(-2, -1))
@@ -269,9 +274,10 @@ def _over_vocabulary(
     return carry, _Blocks(stack, rest)
 
 
-def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array) -> jax.Array:
+def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array, at: Any, plan: _Plan) -> jax.Array:
     """With the vocabulary first: as the head's gradient reads its large operand."""
-    return jnp.einsum("ncd,btd->ncbt", head_ncd, hidden_btd, preferred_element_type=jnp.float32)
+    ncbt = jnp.einsum("ncd,btd->ncbt", head_ncd, hidden_btd, preferred_element_type=jnp.float32)
+    return without_padding(ncbt, (0, 1), plan.padded_from, at, plan.size)
 
 
 def _normaliser(
@@ -281,17 +287,18 @@ def _normaliser(
 
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
     def body(
-        head_ncd: jax.Array, _: Any, carry: tuple[jax.Array, ...], __: jax.Array | None
+        head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], _: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         top_btn, total_btn, spread_btn = carry
         logits_ncbt = None
         if plan.keep:
-            logits_ncbt = _block_logits(hidden_btd, head_ncd)
+            logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
             logits_btnc = jnp.moveaxis(logits_ncbt, (0, 1), (2, 3))
         else:
             logits_btnc = jnp.einsum(
                 "btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32
             )
+            logits_btnc = without_padding(logits_btnc, (2, 3), plan.padded_from, start, plan.size)
         new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
         below = logits_btnc - new_top[..., None]
         weight = jnp.exp(below)
@@ -302,9 +309,8 @@ def _normaliser(
         return (new_top, total_btn, spread_btn), logits_ncbt
 
     zero = jnp.zeros((*hidden_btd.shape[:2], plan.shards), jnp.float32)
-    start = (zero + LOWEST, zero, zero)
-    nothing = _Blocks(None, None)
-    (top, total, spread), logits = _over_vocabulary(head_vd, plan, body, start, nothing)
+    begin = (zero + LOWEST, zero, zero)
+    (top, total, spread), logits = _over_vocabulary(head_vd, plan, body, begin, _Blocks(None, None))
     lse_bt = jax.nn.logsumexp(top + jnp.log(total), axis=-1)
     above = lse_bt[..., None] - top
     return lse_bt, jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1), logits
@@ -320,7 +326,7 @@ def _normaliser_grads(
         head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], kept: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], None]:
         hidden_grad_nbtd, head_grad_nvd = carry
-        logits_ncbt = _block_logits(hidden_btd, head_ncd) if kept is None else kept
+        logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan) if kept is None else kept
         prob_ncbt = jnp.exp(logits_ncbt - saved.lse_bt[None, None])
         logit_grad = (prob_ncbt * grad_bt[None, None]).astype(hidden_btd.dtype)
         hidden_grad_nbtd += jnp.einsum(
@@ -335,7 +341,7 @@ def _normaliser_grads(
     v, d = head_vd.shape
     zeros = (
         jnp.zeros((plan.shards, *hidden_btd.shape), jnp.float32),
-        jnp.zeros((plan.shards, v // plan.shards, d), jnp.float32),
+        jnp.zeros((plan.shards, plan.size, d), jnp.float32),
     )
     (hidden_grad, head_grad), _ = _over_vocabulary(head_vd, plan, body, zeros, saved.logits)
     return jnp.sum(hidden_grad, axis=0), head_grad.reshape(v, d)

@@ -27,9 +27,14 @@ def fingerprint_params(params: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in sorted(_leaves(params)):
         host = _on_host(leaf)
-        digest.update(f"{path}{host.shape}".encode())
+        digest.update(leaf_header(path, host.shape))
         digest.update(np.ascontiguousarray(host.astype(np.float32)).data)
     return digest.hexdigest()
+
+
+def leaf_header(path: str, shape: tuple[int, ...]) -> bytes:
+    """What `fingerprint_params` hashes before a parameter's values."""
+    return f"{path}{shape}".encode()
 
 
 def _leaves(params: Any) -> Iterator[tuple[str, jax.Array]]:
@@ -62,6 +67,36 @@ def shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class TokenizerParts:
+    """Fingerprints of what a tokenizer consists of, to say which of them differ.
+
+    Attributes:
+        vocabulary: tokens with their ids, merges and special tokens.
+        texts: token ids of the probe texts: how text is cut.
+        chat_template: its text.
+        chats: the probe chats as they are rendered.
+        end_tokens: ids that end a response.
+    """
+
+    vocabulary: str
+    texts: str
+    chat_template: str
+    chats: str
+    end_tokens: str
+
+    def differences(self, other: TokenizerParts) -> list[str]:
+        """What reaches a model differently, in words; templates that render alike are alike."""
+        same_chats = self.chat_template == other.chat_template or self.chats == other.chats
+        found = {
+            "tokenizer (vocabulary, merges or special tokens)": self.vocabulary == other.vocabulary,
+            "tokenizer (how text is cut into tokens)": self.texts == other.texts,
+            "chat template": same_chats,
+            "end tokens": self.end_tokens == other.end_tokens,
+        }
+        return [what for what, same in found.items() if not same]
+
+
+@dataclass(frozen=True)
 class Identity:
     """A model as lineage knows it: a name for people, and what makes it the same model or another.
 
@@ -70,26 +105,56 @@ class Identity:
         weights: fingerprint of its parameters.
         architecture: fingerprint of its sizes and switches.
         tokenizer: fingerprint of its tokenizer, chat template and end tokens.
+        parts: the same, one by one; `None` in what was recorded before there were any. They decide
+            nothing between two teachers: `tokenizer` does.
     """
 
     name: str
     weights: str
     architecture: str
     tokenizer: str
+    parts: TokenizerParts | None = None
 
     @property
     def fingerprint(self) -> str:
         """Equal for two models exactly if they answer alike."""
         return fingerprint_json([self.weights, self.architecture, self.tokenizer])
 
-    def to_json(self) -> dict[str, str]:
+    def differences(self, other: Identity) -> list[str]:
+        """What makes the other another model, in words."""
+        found: list[str] = []
+        if self.weights != other.weights:
+            found.append("weights")
+        if self.architecture != other.architecture:
+            found.append("config")
+        return found + self.tokenizer_differences(other)
+
+    def tokenizer_differences(self, other: Identity) -> list[str]:
+        """What of the two tokenizers differs, in words."""
+        if self.tokenizer == other.tokenizer:
+            return []
+        if self.parts is None or other.parts is None:
+            return ["tokenizer, chat template or end tokens"]
+        if found := self.parts.differences(other.parts):
+            return found
+        same = self.parts.chat_template == other.parts.chat_template
+        return ["tokenizer files" if same else "chat template (its text alone)"]
+
+    def to_json(self) -> dict[str, Any]:
         """As it stands in `lineage.json` and in a store's metadata."""
         return {**asdict(self), "fingerprint": self.fingerprint}
 
     @staticmethod
-    def from_json(value: dict[str, str]) -> Identity:
-        """The inverse of `to_json`."""
-        return Identity(value["name"], value["weights"], value["architecture"], value["tokenizer"])
+    def from_json(value: dict[str, Any]) -> Identity:
+        """The inverse of `to_json`; reads what older versions recorded, too."""
+        parts = value.get("parts")
+        return Identity(
+            value["name"],
+            value["weights"],
+            value["architecture"],
+            value["tokenizer"],
+            None if parts is None else TokenizerParts(**parts),
+        )
 
     def __str__(self) -> str:
         return f"{self.name} ({self.fingerprint[:12]})"

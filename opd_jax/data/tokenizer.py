@@ -127,12 +127,27 @@ class Tokenizer:
             [int(token) for token in ids], skip_special_tokens=skip_special
         )
 
+    @property
+    def source(self) -> Path:
+        """Where it was read from."""
+        return self._source
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text."""
+        template: Any = self._fast.chat_template
+        return template
+
+    def content(self) -> dict[str, Any]:
+        """What `tokenizer.json` says, as the `tokenizers` library writes it."""
+        return json.loads(self._fast.backend_tokenizer.to_str())
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of all that decides which ids a chat becomes and where a response ends."""
         content = {
-            "tokenizer": json.loads(self._fast.backend_tokenizer.to_str()),
-            "chat_template": self._fast.chat_template,
+            "tokenizer": self.content(),
+            "chat_template": self.chat_template,
             "end_ids": self.end_ids,
         }
         return fingerprint_json(content)

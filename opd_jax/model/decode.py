@@ -30,6 +30,7 @@ from opd_jax.model.transformer import (
 )
 
 FEW_ROWS = 16  # with no more, weights are left factors on CPUs: XLA's library copies right ones
+PADDED = -1e30  # without probability, but finite: an infinite logit would mean a broken model
 GROUPS = 4  # a product of one row with a weight is cut so on CPUs, which then use all their cores
 
 
@@ -102,15 +103,19 @@ def _dot(x: jax.Array, y: jax.Array, numbers: jax.lax.DotDimensionNumbers) -> ja
 
 
 def logits(model: LanguageModel, params: Params, hidden_bd: jax.Array) -> jax.Array:
-    """float32 [b, v].
+    """float32 [b, v]; `PADDED` where the vocabulary is only padded.
 
     Args:
         params: of `split_layers`.
     """
     head_vd = params["embed"] if model.arch.tie_embeddings else params["head"]
-    return spread_rows(
+    logits_bv = spread_rows(
         model.mesh, product(model.mesh, spread_rows(model.mesh, hidden_bd), head_vd), 1
     )
+    if model.padded_from is None:
+        return logits_bv
+    token_v = jnp.arange(logits_bv.shape[1]) < model.padded_from
+    return jnp.where(token_v[None, :], logits_bv, PADDED)
 
 
 def decode(

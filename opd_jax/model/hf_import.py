@@ -26,14 +26,15 @@ def load_params(folder: str | Path, model: LanguageModel, dtype: str = "float32"
 
 def assemble(source: TensorSource, model: LanguageModel, dtype: str) -> Params:
     """Stack a checkpoint's tensors into parameters; `streaming` says what it costs in memory."""
-    _check(source, model)
+    check_tensors(source, model)
     return jax.tree_util.tree_map_with_path(
         lambda path, spec: read_parameter(source, tensor_of(path, model.arch), spec),
         model.abstract(dtype),
     )
 
 
-def _check(source: TensorSource, model: LanguageModel) -> None:
+def check_tensors(source: TensorSource, model: LanguageModel) -> None:
+    """Raises ModelError unless the checkpoint has the model's tensors and no others."""
     expected, found = expected_shapes(model), source.shapes()
     arch = model.arch
     for name, shape in expected.items():

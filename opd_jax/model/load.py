@@ -34,6 +34,11 @@ def resolve_dtype(wanted: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def padding_start(arch: Architecture, tokens: int | None) -> int | None:
+    """The first row of a vocabulary that a tokenizer of so many tokens does not use, if any."""
+    return None if tokens is None or tokens >= arch.vocab_size else tokens
+
+
 def read_model(
     path: str | Path,
     param_dtype: str = "float32",
@@ -41,13 +46,19 @@ def read_model(
     remat: str = "none",
     mesh: Mesh | None = None,
     attention: str = "auto",
+    tokens: int | None = None,
 ) -> tuple[LanguageModel, Params]:
     """A model and its parameters from a Hugging Face folder or a .gguf file.
+
+    Args:
+        tokens: of its tokenizer; what the vocabulary has beyond them is padding.
 
     Raises:
         ModelError: the path is missing, damaged, or holds what is not supported.
         ConfigError: the mesh does not divide a parameter.
     """
-    model = LanguageModel(architecture_of(path), compute_dtype, remat, mesh, attention)
+    arch = architecture_of(path)
+    padded_from = padding_start(arch, tokens)
+    model = LanguageModel(arch, compute_dtype, remat, mesh, attention, padded_from)
     load = load_gguf_params if is_gguf(path) else load_params
     return model, load(path, model, param_dtype)

@@ -139,6 +139,13 @@ class LanguageModel:
     remat: str = "none"
     mesh: Mesh | None = None
     attention: str = "auto"
+    padded_from: int | None = None
+    """First row of the vocabulary that is no token and never predicted; `None`: there is none."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be predicted."""
+        return self.arch.vocab_size if self.padded_from is None else self.padded_from
 
     def _map(self, leaf: Any) -> Params:
         """Apply `leaf(name, param)` to every declared parameter."""

@@ -39,7 +39,7 @@ def build_report(run_dir: str | Path) -> Path:
         curves=_curves(run),
         examples=examples,
         picked=picked,
-        mismatched=[name for name, tree in lineage.items() if tree.get("teacher_mismatch")],
+        mismatches=run.summary.get("teacher_mismatch", {}),
         lineage=list(_flatten(lineage)),
         environment=list(_flatten(run.summary.get("environment", {}))),
         config_text=run.config_text,

@@ -18,7 +18,7 @@ from opd_jax.config_errors import describe
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.decode import split_layers
-from opd_jax.model.load import read_model, resolve_dtype
+from opd_jax.model.load import architecture_of, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling.buckets import bucket_of, coarse_bucket_of
 from opd_jax.sampling.queue import Request
@@ -93,9 +93,9 @@ class Sampler:
             ModelError: it is missing, damaged or not supported.
         """
         compute = resolve_dtype(compute_dtype)
-        model, params = read_model(path, param_dtype or compute, compute, mesh=mesh)
-        tokenizer = load_tokenizer(path, chats=False)
-        tokenizer.check_vocabulary(model.arch.vocab_size, path)
+        tokenizer, dtype = load_tokenizer(path, chats=False), param_dtype or compute
+        tokenizer.check_vocabulary(architecture_of(path).vocab_size, path)
+        model, params = read_model(path, dtype, compute, mesh=mesh, tokens=tokenizer.vocab_size)
         return cls(model, params, tokenizer)
 
     def sample(

@@ -27,7 +27,6 @@ def artefacts(ctx: RunContext) -> list[Path]:
 
 def run(ctx: RunContext) -> Outcome:
     """Sample, freeze."""
-    ctx.check_models()
     _, snapshot = sample(ctx, _task(ctx), {"kind": "answers"})
     tokens = int(snapshot.lengths()[1].sum())
     outputs = {"snapshot": snapshot.hash, "teacher": ctx.identity("teacher").to_json()}

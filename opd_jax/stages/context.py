@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,17 +10,19 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from opd_jax.config import Config
-from opd_jax.core.distributed import from_first
-from opd_jax.core.lineage import Identity, fingerprint_json, fingerprint_params
+from opd_jax.core.distributed import from_first, is_first
+from opd_jax.core.lineage import Identity, TokenizerParts, fingerprint_json, fingerprint_params
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.prompts import Prompt, load_prompts
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
-from opd_jax.errors import DataError
+from opd_jax.data.tokenizer_probe import parts_of
+from opd_jax.errors import ConsistencyError, DataError
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.load import architecture_of, read_model, resolve_dtype
+from opd_jax.model.fingerprint import weights_fingerprint
+from opd_jax.model.load import architecture_of, padding_start, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.stages.records import Json, StageRecords, read_json, write_json
-from opd_jax.teacher.consistency import check_same_tokenizer, check_vocabulary_rows
+from opd_jax.teacher.consistency import check_tokenizers, recorded
 from opd_jax.train import checkpoint
 
 Role = Literal["student", "teacher"]
@@ -65,17 +66,21 @@ class RunContext:
 
     def program(self, role: Role) -> LanguageModel:
         """A model of the config without its parameters."""
-        arch = architecture_of(self.path(role))
-        config = self.config.model
-        return LanguageModel(arch, self.compute_dtype, config.remat, self.mesh, config.attention)
+        arch, config = architecture_of(self.path(role)), self.config.model
+        padded_from = padding_start(arch, self.tokenizer(role).vocab_size)
+        return LanguageModel(
+            arch, self.compute_dtype, config.remat, self.mesh, config.attention, padded_from
+        )
 
     def check_models(self) -> None:
-        """Raises ConsistencyError unless ids mean the same to teacher and student."""
-        check_same_tokenizer(self.identity("student"), self.identity("teacher"))
-        teacher, student = self.program("teacher").arch, self.program("student").arch
-        check_vocabulary_rows(
-            (self.path("teacher"), teacher.vocab_size), (self.path("student"), student.vocab_size)
-        )
+        """Raises ConsistencyError unless ids mean the same to teacher and student.
+
+        Each has a row for every token of its tokenizer; what they have beyond is masked.
+        """
+        for role in ROLES:
+            rows, path = architecture_of(self.path(role)).vocab_size, self.path(role)
+            self.tokenizer(role).check_vocabulary(rows, path)
+        check_tokenizers(self.tokenizer("student"), self.tokenizer("teacher"))
 
     def model(self, role: Role) -> tuple[LanguageModel, Params]:
         """A model of the config with its parameters; kept for the next stage that asks."""
@@ -89,6 +94,7 @@ class RunContext:
                 config.remat,
                 self.mesh,
                 config.attention,
+                self.tokenizer(role).vocab_size,
             )
             rows = self._cache[key][0].arch.vocab_size
             self.tokenizer(role).check_vocabulary(rows, self.path(role))
@@ -107,27 +113,28 @@ class RunContext:
         return self._cache[key]
 
     def identity(self, role: Role) -> Identity:
-        """Who a model of the config is. Weights are read once per change of their files."""
+        """Who a model of the config is; of large weights this is kept beside them."""
         key, path = ("identity", role), self.path(role)
         if key not in self._cache:
             self._cache[key] = Identity(
                 path,
-                self._weights_fingerprint(role),
+                self._weights_fingerprint(path),
                 architecture_fingerprint(architecture_of(path)),
                 self.tokenizer(role).fingerprint,
+                self._tokenizer_parts(role),
             )
         return self._cache[key]
 
-    def _weights_fingerprint(self, role: Role) -> str:
-        path, cache_file = self.path(role), self.run_dir / "fingerprints.json"
-        cache, stamp = read_json(cache_file) or {}, _stamp(path)
-        known = cache.get(path, {"stamp": None, "weights": ""})
-        # Process 0 decides for all: computing the fingerprint is a collective operation.
-        weights = from_first(known["weights"] if known["stamp"] == stamp else "")
-        if not weights:
-            weights = fingerprint_params(self.model(role)[1])
-            write_json(cache_file, {**cache, path: {"stamp": stamp, "weights": weights}})
-        return weights
+    def _weights_fingerprint(self, path: str) -> str:
+        """Process 0 reads the files for all."""
+        kept = self.run_dir / "fingerprints.json"
+        return from_first(weights_fingerprint(path, kept) if is_first() else "")
+
+    def _tokenizer_parts(self, role: Role) -> TokenizerParts:
+        key = ("parts", role)
+        if key not in self._cache:
+            self._cache[key] = parts_of(self.tokenizer(role))
+        return self._cache[key]
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The prompts of a split."""
@@ -172,6 +179,7 @@ class RunContext:
             fingerprint_params(params),
             architecture_fingerprint(model.arch),
             self.tokenizer("student").fingerprint,
+            self._tokenizer_parts("student"),
         )
         folder = self.checkpoint_dir(name)
         checkpoint.save(folder / "model", 0, params, {"identity": identity.to_json()}, keep=1)
@@ -189,12 +197,16 @@ class RunContext:
         """The lineage of a trained model.
 
         Raises:
-            DataError: it is missing.
+            ConsistencyError: it is missing.
         """
         path = self.checkpoint_dir(name) / "lineage.json"
         lineage = read_json(path)
         if lineage is None:
-            raise DataError(f"{path}: missing lineage; redo its stage with --force")
+            stage = name if name == "sft" else f"train.{name}"
+            raise ConsistencyError(
+                f"missing lineage: {path} is not there, so nothing says which teacher and student "
+                f"'{name}' comes from; redo it with --force {stage}"
+            )
         return lineage
 
     def checkpoint_model(self, name: str) -> tuple[LanguageModel, Params]:
@@ -207,17 +219,23 @@ class RunContext:
         """Who the model of that name is."""
         if name in ("base", "teacher"):
             return self.identity("student" if name == "base" else "teacher")
-        return Identity.from_json(self.lineage(name)["model"])
+        return self.recorded(name, "model")
+
+    def recorded(self, name: str, key: str) -> Identity:
+        """A model that the lineage of a trained model names.
+
+        Raises:
+            ConsistencyError: it does not.
+        """
+        stage = name if name == "sft" else f"train.{name}"
+        return recorded(self.lineage(name), key, lineage_file(name), stage)
+
+
+def lineage_file(name: str) -> str:
+    """Where the lineage of a trained model lies in the run folder."""
+    return f"checkpoints/{name}/lineage.json"
 
 
 def architecture_fingerprint(arch: Architecture) -> str:
     """Fingerprint of sizes and switches."""
     return fingerprint_json(asdict(arch))
-
-
-def _stamp(path: str) -> str:
-    """Changes when a model's files do: names, sizes and times, not contents."""
-    root = Path(path)
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -10,6 +10,7 @@ from opd_jax.model.hf_export import export_folder
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
+from opd_jax.teacher.consistency import mismatch_note
 
 
 def _folder(ctx: RunContext, name: str) -> Path:
@@ -36,14 +37,14 @@ def run(ctx: RunContext, name: str) -> Outcome:
     documents = {"README.md": _card(ctx, name), "lineage.json": lineage}
     export_folder(folder, model, params, ctx.tokenizer("student"), documents, {})
     barrier("exported")
-    return Outcome({"folder": str(folder)}, {})
+    mismatch = ctx.lineage(name).get("teacher_mismatch", False)
+    return Outcome({"folder": str(folder), "teacher_mismatch": mismatch}, {})
 
 
 def _card(ctx: RunContext, name: str) -> str:
     """The model card: what was trained from what, by which teacher."""
     lineage = ctx.lineage(name)
     student = lineage["student"]
-    mismatch = lineage.get("teacher_mismatch", False)
     rows = [
         ("base model", f"{student['base']['name']} (`{student['base']['fingerprint'][:12]}`)"),
         ("wrote the SFT answers", _named(student["sft_teacher"])),
@@ -53,9 +54,8 @@ def _card(ctx: RunContext, name: str) -> str:
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     warning = (
-        "\n**The scoring teacher is not the one that wrote the SFT answers:** the gradient carried "
-        "a bias that training cannot remove (arXiv 2604.13010).\n"
-        if mismatch
+        f"\n**Teacher mismatch:** {mismatch_note(student['sft_teacher'], lineage)}.\n"
+        if lineage.get("teacher_mismatch", False)
         else ""
     )
     what = {

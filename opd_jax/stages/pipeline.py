@@ -140,7 +140,7 @@ def _check_inputs(ctx: RunContext, kinds: set[str]) -> None:
         kinds: of the chosen stages; what only others need may be missing.
     """
     config = ctx.config
-    if kinds & {"answer", "sft", "rollout", "score"}:
+    if kinds - {"export"}:
         _check_vocabulary(ctx)
     if kinds & {"answer", "sft"}:
         _check_enough(_fitting(ctx, "sft", config.answer), config.answer, {"sft": config.sft})
@@ -169,13 +169,11 @@ def _fitting(ctx: RunContext, split: Split, sampling: SamplingConfig | EvaluateC
 
 
 def _check_vocabulary(ctx: RunContext) -> None:
-    for role in ROLES:
-        rows, path = ctx.program(role).arch.vocab_size, ctx.path(role)
-        ctx.tokenizer(role).check_vocabulary(rows, path)
-    top_k, rows = ctx.config.score.top_k, ctx.program("teacher").arch.vocab_size
-    if top_k > rows:
+    ctx.check_models()
+    top_k, tokens = ctx.config.score.top_k, ctx.program("teacher").vocabulary
+    if top_k > tokens:
         raise ConfigError(
-            f"score.top_k={top_k} is more than the teacher's vocabulary of {rows}; lower it"
+            f"score.top_k={top_k} is more than the teacher's vocabulary of {tokens}; lower it"
         )
 
 
@@ -302,6 +300,8 @@ def _report(ctx: RunContext, names: list[str], *, tables: bool) -> None:
     ]
     if models:
         say(f"models: {', '.join(models)}")
+    for name, note in summary["teacher_mismatch"].items():
+        say(f"WARNING: {name}: {note}")
     say(f"report: {_shown(page)}")
 
 

@@ -28,7 +28,7 @@ def artefacts(ctx: RunContext) -> list[Path]:
 
 def run(ctx: RunContext) -> Outcome:
     """Sample, freeze, and pass on who wrote the student's SFT answers."""
-    meta = {"kind": "rollouts", "sft_teacher": ctx.lineage("sft")["sft_teacher"]}
+    meta = {"kind": "rollouts", "sft_teacher": ctx.recorded("sft", "sft_teacher").to_json()}
     _, snapshot = sample(ctx, _task(ctx), meta)
     tokens = int(snapshot.lengths()[1].sum())
     outputs = {"snapshot": snapshot.hash, "student": ctx.checkpoint_identity("sft").to_json()}

@@ -45,7 +45,6 @@ def artefacts(ctx: RunContext) -> list[Path]:
 
 def run(ctx: RunContext) -> Outcome:
     """Score the frozen rollouts."""
-    ctx.check_models()
     task = _task(ctx)
     store = open_store(ctx.run_dir / FOLDER)
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", "score")["snapshot"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opd_jax.core.lineage import Identity
+from opd_jax.data.store import open_store
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.stages.training import TrainTask, answer_source, train
-from opd_jax.teacher.consistency import check_same_tokenizer
+from opd_jax.teacher.consistency import check_same_model, check_same_tokenizer, recorded
 from opd_jax.train.step import Objective
 
 NAME = "sft"
@@ -33,8 +33,10 @@ def artefacts(ctx: RunContext) -> list[Path]:
 
 def run(ctx: RunContext) -> Outcome:
     """Train, and record which teacher wrote the answers."""
-    answer = ctx.records.outputs("answer", NAME)
-    teacher = Identity.from_json(answer["teacher"])
+    answer, where = ctx.records.outputs("answer", NAME), "answers/dataset.json"
+    teacher = recorded(open_store(ctx.run_dir / "answers").meta, "generator", where, "answer")
+    asked = recorded(answer, "teacher", "stages/answer.json", "answer")
+    check_same_model(asked, teacher, "the teacher of the answers", where, "answer")
     check_same_tokenizer(ctx.identity("student"), teacher)
     lineage = {
         "base": ctx.identity("student").to_json(),

@@ -10,6 +10,7 @@ import jax
 
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, write_json
+from opd_jax.teacher.consistency import mismatch_note
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "transformers")
 
@@ -36,9 +37,21 @@ def write_summary(ctx: RunContext, stages: list[str]) -> Json:
             summary["reverse_kl"][name] = outputs["reverse_kl"]["mean"]
             summary["reverse_kl_stderr"][name] = outputs["reverse_kl"]["stderr"]
         summary["lineage"][name] = _ancestors(ctx, name, outputs["model"])
+    summary["teacher_mismatch"] = _mismatches(ctx, records)
     summary["environment"] = environment()
     write_json(ctx.run_dir / "summary.json", summary)
     return summary
+
+
+def _mismatches(ctx: RunContext, records: dict[str, Json]) -> dict[str, str]:
+    """Every model that was trained although the teachers differ, with the note that marks it."""
+    names = [stage.removeprefix("train.") for stage in records if stage.startswith("train.")]
+    marked = {name: ctx.lineage(name) for name in names}
+    return {
+        name: mismatch_note(lineage["student"]["sft_teacher"], lineage)
+        for name, lineage in marked.items()
+        if lineage.get("teacher_mismatch")
+    }
 
 
 def _cost(record: Json) -> Json:

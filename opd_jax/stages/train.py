@@ -7,13 +7,20 @@ from typing import NamedTuple
 
 from opd_jax.config import TrainRun
 from opd_jax.core.lineage import Identity
+from opd_jax.core.progress import say, stage_line
 from opd_jax.data.store import Store, open_store
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.stages.common import Outcome
-from opd_jax.stages.context import RunContext
+from opd_jax.stages.context import RunContext, lineage_file
 from opd_jax.stages.records import Json
 from opd_jax.stages.training import TrainTask, answer_source, train
-from opd_jax.teacher.consistency import check_same_model, check_same_tokenizer, check_teacher
+from opd_jax.teacher.consistency import (
+    check_same_model,
+    check_same_tokenizer,
+    check_teacher,
+    mismatch_note,
+    recorded,
+)
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.loop import Source
 from opd_jax.train.sources import LiveTeacher, offline_source, online_source, support_size
@@ -82,7 +89,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     store = open_store(ctx.run_dir / "rollouts")
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", stage)["snapshot"])
     scores = store.open_pass(ctx.records.outputs("score", stage)["pass"])
-    lineage = _check_lineage(ctx, store, scores)
+    lineage = _check_lineage(ctx, stage, store, scores)
     support = 0
     if config.objective == "topk":
         support = support_size(scores.meta["top_k"], config.support)
@@ -90,36 +97,38 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     return Prepared(source, {**lineage, "rollouts": snapshot.hash})
 
 
-def _check_lineage(ctx: RunContext, store: Store, scores: TeacherPass) -> Json:
+def _check_lineage(ctx: RunContext, stage: str, store: Store, scores: TeacherPass) -> Json:
     """Rollouts by this student, scores by the teacher that wrote its SFT answers."""
-    student = ctx.checkpoint_identity("sft")
-    rolled = Identity.from_json(store.meta["generator"])
-    check_same_model(student, rolled, "the student of the rollouts", "rollouts/dataset.json")
-    wrote = Identity.from_json(ctx.lineage("sft")["sft_teacher"])
-    scored = Identity.from_json(scores.meta["teacher"])
+    student, where = ctx.checkpoint_identity("sft"), "rollouts/dataset.json"
+    rolled = recorded(store.meta, "generator", where, "rollout")
+    check_same_model(student, rolled, "the student of the rollouts", where, "rollout")
+    wrote = ctx.recorded("sft", "sft_teacher")
+    passed_on = recorded(store.meta, "sft_teacher", where, "rollout")
+    check_same_model(wrote, passed_on, "the teacher of the SFT answers", where, "rollout")
+    where = f"rollouts/teacher/{scores.name}/pass.json"
+    scored = recorded(scores.meta, "teacher", where, "score")
     check_same_tokenizer(student, scored)
-    mismatch = check_teacher(
-        wrote,
-        "checkpoints/sft/lineage.json",
-        scored,
-        "the teacher pass in rollouts/",
-        allow=ctx.config.teacher.allow_mismatch,
-    )
-    return {"teacher": scored.to_json(), "teacher_mismatch": mismatch}
+    return _compare_teachers(ctx, stage, scored, where)
+
+
+def _compare_teachers(ctx: RunContext, stage: str, scored: Identity, scored_in: str) -> Json:
+    """The scoring teacher for the lineage, and whether it is not the one of the SFT answers."""
+    wrote, allow = ctx.recorded("sft", "sft_teacher"), ctx.config.teacher.allow_mismatch
+    differing = check_teacher(wrote, lineage_file("sft"), scored, scored_in, allow=allow)
+    lineage: Json = {"teacher": scored.to_json(), "teacher_mismatch": bool(differing)}
+    if differing:
+        lineage["teachers_differ_in"] = differing
+        say(stage_line(stage, f"WARNING: {mismatch_note(wrote.to_json(), lineage)}"))
+    return lineage
 
 
 def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
-    wrote = Identity.from_json(ctx.lineage("sft")["sft_teacher"])
     live = ctx.identity("teacher")
     check_same_tokenizer(ctx.checkpoint_identity("sft"), live)
-    allow = ctx.config.teacher.allow_mismatch
-    mismatch = check_teacher(
-        wrote, "checkpoints/sft/lineage.json", live, "model.teacher", allow=allow
-    )
+    lineage = _compare_teachers(ctx, f"train.{name}", live, "model.teacher")
     support = 0
     if config.objective == "topk":
         support = support_size(ctx.config.score.top_k, config.support)
-    ctx.check_models()
     teacher_model, teacher_params = ctx.model("teacher")
     teacher = LiveTeacher(
         model=ctx.program("student"),
@@ -131,9 +140,9 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
         text=ctx.tokenizer("student").decode if ctx.config.rollout.stop else None,
     )
     source = online_source(teacher, support, config)
-    return Prepared(source, {"teacher": live.to_json(), "teacher_mismatch": mismatch})
+    return Prepared(source, lineage)
 
 
 def _control(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     source = answer_source(ctx, config, f"train.{name}", "control")
-    return Prepared(source, {"teacher": ctx.lineage("sft")["sft_teacher"]})
+    return Prepared(source, {"teacher": ctx.recorded("sft", "sft_teacher").to_json()})

@@ -59,10 +59,10 @@ class Scorer:
     entropy: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k > self.model.arch.vocab_size:
+        if self.top_k > self.model.vocabulary:
             raise ModelError(
                 f"score.top_k={self.top_k} is more than the teacher's vocabulary of "
-                f"{self.model.arch.vocab_size}; make it smaller"
+                f"{self.model.vocabulary}; make it smaller"
             )
 
     @property
@@ -100,7 +100,7 @@ class Scorer:
     def start(self, packed: Sequence[Sequence[Record]], length: int, rows: int) -> _Out:
         """Begin with a batch; `scores_of` awaits it."""
         for record in (record for row in packed for record in row):
-            _check_ids(record, self.model.arch.vocab_size)
+            _check_ids(record, self.model.vocabulary)
         filled = [*packed, *[packed[-1][:1]] * (rows - len(packed))]
         arrays: Any = response_first(packed_rows(filled, length))
         if self.model.mesh is not None:
@@ -154,12 +154,12 @@ def response_first(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_ids(record: Record, vocab_size: int) -> None:
-    """A student may have more embedding rows than the teacher, but must not use them."""
+    """Rows of embedding and head beyond the tokenizer's tokens only pad the vocabulary."""
     largest = max(int(ids.max(initial=0)) for ids in (record.prompt_ids, record.response_ids))
     if largest >= vocab_size:
         raise DataError(
             f"teacher: record '{record.prompt_id}'/{record.sample_index} has token {largest}, the "
-            f"teacher's vocabulary ends at {vocab_size - 1}; cut the student's rows beyond that"
+            f"teacher's vocabulary ends at {vocab_size - 1}; sample again with --force rollout"
         )
 
 
@@ -207,9 +207,13 @@ def _some(
     model: LanguageModel, top_k: int, head: jax.Array, hidden: jax.Array, target: jax.Array
 ) -> _Out:
     if top_k:
-        found = top_k_logprobs(hidden, head, target, top_k, model.mesh)
+        found = top_k_logprobs(
+            hidden, head, target, top_k, model.mesh, padded_from=model.padded_from
+        )
         return _Out(found.logprob_bt, found.entropy_bt, found.ids_btk, found.logprob_btk)
-    chosen = chosen_logprobs(hidden, head, target[..., None], model.mesh)
+    chosen = chosen_logprobs(
+        hidden, head, target[..., None], model.mesh, padded_from=model.padded_from
+    )
     empty = jnp.zeros((*target.shape, 0))
     return _Out(chosen.logprob_bts[..., 0], chosen.entropy_bt, empty.astype(jnp.int32), empty)
 

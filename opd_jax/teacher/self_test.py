@@ -79,7 +79,7 @@ def _joined(scores: list[Scores]) -> np.ndarray:
 
 
 def _check_values(scorer: Scorer, logprob: np.ndarray) -> None:
-    uniform = -math.log(scorer.model.arch.vocab_size)
+    uniform = -math.log(scorer.model.vocabulary)
     if np.abs(logprob - uniform).max() < UNIFORM:
         raise DataError(
             f"teacher: self-test: every token has log-prob {uniform:.3f}, minus the logarithm of "

@@ -84,7 +84,9 @@ def _token_loss(
     ids_bts = batch["target_bt"][..., None]
     if objective.kind == "topk":
         ids_bts = jnp.concatenate([ids_bts, batch["support_ids_bts"]], axis=-1)
-    chosen = chosen_logprobs(out.hidden_btd, out.head_vd, ids_bts, model.mesh)
+    chosen = chosen_logprobs(
+        out.hidden_btd, out.head_vd, ids_bts, model.mesh, padded_from=model.padded_from
+    )
     student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
     if objective.kind == "sft":
         return sft_loss(student_bt, mask_bt)

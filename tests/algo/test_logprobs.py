@@ -146,3 +146,38 @@ def test_kept_logits_change_nothing():
     np.testing.assert_allclose(kept_entropy, entropy, rtol=1e-6)
     np.testing.assert_allclose(kept_grads[0], 4 * grads[0][:2], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(kept_grads[1], grads[1], rtol=1e-5, atol=1e-5)
+
+
+@MESHES
+@pytest.mark.parametrize("used", [19, 30, 36])
+@pytest.mark.parametrize(("rows", "keep"), [(7, True), (7, False), (None, True)])
+def test_padded_rows_have_no_probability_and_no_gradient(rows, keep, used, mesh, monkeypatch):
+    """In the middle of a block, as whole blocks, and as a whole shard of the vocabulary."""
+    if not keep:
+        monkeypatch.setattr(logprobs, "KEPT_LOGITS", 0)
+    hidden, head, ids, weight = arrays(1, 5, 6, 38, 2)
+    ids, padded = ids % used, head.copy()
+    padded[used:] = 50.0  # the likeliest by far, if they counted
+
+    def plain(hidden, head):
+        every = jax.nn.log_softmax(hidden @ head.T)
+        entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
+        chosen = jnp.take_along_axis(every, ids, axis=-1)
+        return jnp.sum(weight * chosen), (chosen, entropy)
+
+    def ours(hidden, head):
+        out = chosen_logprobs(hidden, head, ids, made(mesh), rows, padded_from=used)
+        return jnp.sum(weight * out.logprob_bts), out
+
+    got, out = jax.grad(ours, (0, 1), has_aux=True)(hidden, padded)
+    want, (chosen, entropy) = jax.grad(plain, (0, 1), has_aux=True)(hidden, head[:used])
+    np.testing.assert_allclose(out.logprob_bts, chosen, atol=1e-6)
+    np.testing.assert_allclose(out.entropy_bt, entropy, atol=1e-6)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1][:used], want[1], atol=1e-5)
+    assert not np.any(got[1][used:])
+    top = top_k_logprobs(hidden, padded, ids[..., 0], used, made(mesh), padded_from=used)
+    np.testing.assert_allclose(top.logprob_bt, chosen[..., 0], atol=1e-6)
+    np.testing.assert_allclose(top.entropy_bt, entropy, atol=1e-6)
+    assert top.ids_btk.max() == used - 1
+    assert top.logprob_btk.min() > -1e3

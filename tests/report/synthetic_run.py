@@ -45,6 +45,7 @@ SUMMARY = {
         },
         "mine": {"parents": ["sft", "teacher"], "teacher_mismatch": True},
     },
+    "teacher_mismatch": {"mine": "the scoring teacher is not the one of the answers: 63.1 < 69.9"},
     "environment": {"jax": "0.10.2", "devices": 1},
 }
 

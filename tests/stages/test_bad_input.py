@@ -84,12 +84,13 @@ def test_a_vocabulary_too_small_for_the_tokenizer(refused, teacher):
     assert "tokenizer" in refused(f"model.teacher={teacher}")
 
 
-def test_another_tokenizer_than_the_student_s(refused, teacher):
+def test_another_chat_template_than_the_student_s(refused, teacher, tmp_path):
     template = teacher / "chat_template.jinja"
-    template.write_text(template.read_text() + " ")
+    template.write_text(template.read_text() + ".")
     text = refused(f"model.teacher={teacher}")
     assert "tokenizer mismatch" in text
     assert str(teacher) in text
+    assert not (tmp_path / "run" / "answers").exists()
 
 
 @pytest.mark.parametrize(
