@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import jax
-import numpy as np
 
 from opd_jax.core.distributed import barrier
 from opd_jax.data.store_pass import TeacherPass
@@ -21,23 +21,27 @@ def score_snapshot(
     scores: TeacherPass,
     on_batch: Callable[[int, int], None],
     flush_seconds: float,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Score what the pass does not hold yet. Each process writes its share of every batch.
 
     Args:
         on_batch: called with each batch's number of records and of response tokens.
         flush_seconds: time between two commits; what a kill costs at most.
+        share: (index, count) of runs that meet in the store alone, on the same snapshot, batch size
+            and mesh: this one scores every count-th batch. Nothing waits for the other runs.
 
     Raises:
-        DataError: a score is not finite, or the pass does not cover the snapshot at the end.
+        DataError: a score is not finite, or the pass does not cover the share at the end.
     """
     barrier("score")
     prompt_r, response_r = snapshot.lengths()
     done = scores.committed_records(snapshot)
     rank, count = jax.process_index(), jax.process_count()
+    batches = list(islice(score_batches(prompt_r + response_r, scorer), share[0], None, share[1]))
     flushed = time.monotonic()
-    with scores.writer(snapshot, rank) as writer:
-        for batch in score_batches(prompt_r + response_r, scorer):
+    with scores.writer(snapshot, share[0] * count + rank) as writer:
+        for batch in batches:
             if done.issuperset(batch.indices):
                 continue
             records = snapshot.read_many(batch.indices)
@@ -50,8 +54,9 @@ def score_snapshot(
                 writer.flush()
                 flushed = time.monotonic()
     barrier("scores written")
-    missing = np.setdiff1d(np.arange(len(snapshot)), sorted(scores.committed_records(snapshot)))
-    if missing.size:
+    wanted = [index for batch in batches for index in batch.indices]
+    missing = set(wanted) - scores.committed_records(snapshot)
+    if missing:
         raise DataError(
-            f"the teacher pass lacks {missing.size} of {len(snapshot)} records; run the stage again"
+            f"the teacher pass lacks {len(missing)} of {len(wanted)} records; run the stage again"
         )
