@@ -115,6 +115,12 @@ class StoreFiles:
         texts = (key.decode() for key in keys)
         return sorted(t.removesuffix(ending) for t in texts if t.endswith(ending) and "/" not in t)
 
+    def check_writable(self, key: str) -> None:
+        """Writes an object and removes it; raises DataError where that cannot be done."""
+        self.write(key, b"")
+        with damage_named(self.path(key), "allow to delete it"):
+            self.kvstore.write(key, None).result()
+
     def remove(self) -> None:
         """Removes everything below the root, and nothing beside it.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from opd_jax.config import SamplingConfig
@@ -20,7 +19,7 @@ from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import SamplingJob, plan_for
 from opd_jax.sampling.slots import Sample
 from opd_jax.stages.context import RunContext, Split
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.score_pass import score_snapshot
 
@@ -39,7 +38,7 @@ class Stage:
     name: str
     inputs: Callable[[], Json]
     run: Callable[[], Outcome]
-    artefacts: Callable[[], list[Path]]
+    artefacts: Callable[[], Sequence[Artefact]]
 
 
 class SampleTask(NamedTuple):
@@ -114,7 +113,7 @@ def _create(ctx: RunContext, task: SampleTask, meta: Json) -> Store:
         "seed": ctx.config.seed,
         **meta,
     }
-    return create_store(ctx.run_dir / task.folder, content)
+    return create_store(ctx.store_root(task.folder), content)
 
 
 def _check_complete(snapshot: Snapshot, requests: Sequence[Request], task: SampleTask) -> None:

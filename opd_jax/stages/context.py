@@ -15,12 +15,13 @@ from opd_jax.core.distributed import from_first
 from opd_jax.core.lineage import Identity, fingerprint_json, fingerprint_params
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.prompts import Prompt, load_prompts
+from opd_jax.data.store_files import StoreFiles, is_url
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.errors import DataError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.load import architecture_of, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.stages.records import Json, StageRecords, read_json, write_json
+from opd_jax.stages.records import Artefact, Json, StageRecords, read_json, write_json
 from opd_jax.teacher.consistency import check_same_tokenizer, check_vocabulary_rows
 from opd_jax.train import checkpoint
 
@@ -159,6 +160,15 @@ class RunContext:
                 )
             rows.append((prompt.id, ids))
         return rows
+
+    def store_root(self, folder: str) -> str:
+        """Where one of the run's token stores lies."""
+        return f"{(self.config.store or str(self.run_dir)).rstrip('/')}/{folder}"
+
+    def store_artefact(self, folder: str) -> Artefact:
+        """A store, or a folder in one, as what a stage leaves behind."""
+        root = self.store_root(folder)
+        return StoreFiles(root) if is_url(root) else Path(root)
 
     def checkpoint_dir(self, name: str) -> Path:
         """Where a training run keeps its state, its final model and its lineage."""

@@ -18,13 +18,14 @@ from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
+from opd_jax.data.store_files import StoreFiles
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
 from opd_jax.stages.common import Stage
 from opd_jax.stages.context import ROLES, RunContext, Split
-from opd_jax.stages.records import Json, StageRecords
+from opd_jax.stages.records import Json, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 
 PARTS = ("inputs", "run", "artefacts")
@@ -83,7 +84,8 @@ def run(
         plan.print_plan(ctx, all_stages, chosen, forced)
         return
     with run_lock(ctx.run_dir):
-        say(f"run_dir {_shown(ctx.run_dir)}, {_devices()}")
+        store = f"store {config.store}, " if config.store else ""
+        say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices()}")
         _check_inputs(ctx, {name.split(".")[0] for name in chosen})
         for stage in all_stages:
             barrier(stage.name)
@@ -98,10 +100,13 @@ def open_run(config: Config, writable: bool = True) -> RunContext:
 
     Raises:
         ConfigError: the folder cannot be written, or the mesh does not fit the devices.
+        DataError: `store` cannot be written.
     """
     run_dir = Path(config.run_dir)
     if writable:
         _make_folder(run_dir)
+        if config.store is not None:
+            StoreFiles(config.store).check_writable(f".write-{jax.process_index()}")
     mesh = make_mesh(config.mesh)
     _check_batches(config, axis_size(mesh, "batch"))
     return RunContext(config, run_dir, mesh, StageRecords(run_dir))
@@ -222,7 +227,7 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
     if forced:
         ctx.records.set_aside(stage.name, stage.artefacts())
         barrier(f"aside {stage.name}")
-    here = [path.exists() for path in stage.artefacts()]
+    here = [exists(artefact) for artefact in stage.artefacts()]
     if not any(here):
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
     barrier(f"inputs of {stage.name}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from opd_jax.data.store import open_store
 from opd_jax.stages.common import Outcome, ScoreTask, pass_name, score
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 
 FOLDER = "rollouts"
 
@@ -27,16 +25,16 @@ def inputs(ctx: RunContext) -> Json:
     }
 
 
-def artefacts(ctx: RunContext) -> list[Path]:
+def artefacts(ctx: RunContext) -> list[Artefact]:
     """What `--force` removes: this teacher's pass, no other's."""
-    return [ctx.run_dir / FOLDER / "teacher" / pass_name(_task(ctx))]
+    return [ctx.store_artefact(f"{FOLDER}/teacher/{pass_name(_task(ctx))}")]
 
 
 def run(ctx: RunContext) -> Outcome:
     """Score the frozen rollouts."""
     ctx.check_models()
     task = _task(ctx)
-    store = open_store(ctx.run_dir / FOLDER)
+    store = open_store(ctx.store_root(FOLDER))
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", "score")["snapshot"])
     _, tokens = score(ctx, task, store, snapshot)
     outputs = {"pass": pass_name(task), "teacher": task.teacher.to_json(), "top_k": task.top_k}

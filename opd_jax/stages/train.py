@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from opd_jax.config import TrainRun
@@ -11,7 +10,7 @@ from opd_jax.data.store import Store, open_store
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 from opd_jax.stages.training import TrainTask, answer_source, train
 from opd_jax.teacher.consistency import check_same_model, check_same_tokenizer, check_teacher
 from opd_jax.teacher.score import Scorer
@@ -46,7 +45,7 @@ def inputs(ctx: RunContext, name: str) -> Json:
     return {**shared, "answers": answers, "row_tokens": ctx.config.sft.row_tokens}
 
 
-def artefacts(ctx: RunContext, name: str) -> list[Path]:
+def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
     """What `--force` removes."""
     return [ctx.checkpoint_dir(name)]
 
@@ -79,7 +78,7 @@ def run(ctx: RunContext, name: str) -> Outcome:
 
 def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     stage = f"train.{name}"
-    store = open_store(ctx.run_dir / "rollouts")
+    store = open_store(ctx.store_root("rollouts"))
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", stage)["snapshot"])
     scores = store.open_pass(ctx.records.outputs("score", stage)["pass"])
     lineage = _check_lineage(ctx, store, scores)
@@ -94,7 +93,9 @@ def _check_lineage(ctx: RunContext, store: Store, scores: TeacherPass) -> Json:
     """Rollouts by this student, scores by the teacher that wrote its SFT answers."""
     student = ctx.checkpoint_identity("sft")
     rolled = Identity.from_json(store.meta["generator"])
-    check_same_model(student, rolled, "the student of the rollouts", "rollouts/dataset.json")
+    check_same_model(
+        student, rolled, "the student of the rollouts", store.files.path("dataset.json")
+    )
     wrote = Identity.from_json(ctx.lineage("sft")["sft_teacher"])
     scored = Identity.from_json(scores.meta["teacher"])
     check_same_tokenizer(student, scored)
@@ -102,7 +103,7 @@ def _check_lineage(ctx: RunContext, store: Store, scores: TeacherPass) -> Json:
         wrote,
         "checkpoints/sft/lineage.json",
         scored,
-        "the teacher pass in rollouts/",
+        f"the teacher pass in {store.files.root}",
         allow=ctx.config.teacher.allow_mismatch,
     )
     return {"teacher": scored.to_json(), "teacher_mismatch": mismatch}
