@@ -29,6 +29,8 @@ class Outcome(NamedTuple):
 
     outputs: Json
     counts: Json
+    complete: bool = True
+    """False where other runs have shares of the stage still to do."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def score(
     done = len(scores.committed_records(snapshot))
     with StageProgress(task.stage, len(snapshot), "scored", done) as progress:
         on_batch: Callable[[int, int], None] = progress.add
-        score_snapshot(scorer, snapshot, scores, on_batch, ctx.config.flush_seconds)
+        score_snapshot(
+            scorer, snapshot, scores, on_batch, ctx.config.flush_seconds, ctx.share or (0, 1)
+        )
     barrier("scored")
     return scores, int(snapshot.lengths()[1].sum())

@@ -41,6 +41,8 @@ class RunContext:
     run_dir: Path
     mesh: Mesh
     records: StageRecords
+    share: tuple[int, int] | None = None
+    """(index, count): score this share alone, beside runs that meet in the store alone."""
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def settings(self, node: Any) -> Json:

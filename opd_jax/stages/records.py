@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
     if not is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{threading.get_ident()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
@@ -113,9 +113,18 @@ class StageRecords:
         return seconds
 
     def drop_started(self, name: str) -> None:
-        """Forget that a stage was under way."""
+        """Forget that a stage, or shares of it, was under way."""
         if is_first():
-            self._started(name).unlink(missing_ok=True)
+            for path in [self._started(name), *self._shares(name)]:
+                path.unlink(missing_ok=True)
+
+    def _shares(self, name: str) -> list[Path]:
+        return list(self.folder.glob(f"{name}.share-*.started.json"))
+
+    def share_seconds(self, name: str) -> list[float]:
+        """What each share of a stage took, as far as this run folder knows."""
+        found = [read_json(path) for path in self._shares(name)]
+        return [record["seconds"] for record in found if record is not None]
 
     def tick(self, name: str, inputs: Json, seconds: float) -> None:
         """Note how long the stage has taken so far."""
@@ -124,8 +133,7 @@ class StageRecords:
     def finish(self, name: str, record: Json) -> None:
         """Mark the stage complete."""
         write_json(self._final(name), record)
-        if is_first():
-            self._started(name).unlink(missing_ok=True)
+        self.drop_started(name)
 
     def set_aside(self, name: str, artefacts: Sequence[Artefact]) -> None:
         """Put away what a stage wrote, and then its record, until the stage is complete again.
@@ -144,7 +152,7 @@ class StageRecords:
             if path.exists():
                 _remove(_aside(path))
                 path.rename(_aside(path))
-        self._started(name).unlink(missing_ok=True)
+        self.drop_started(name)
 
     def _local(self, name: str, artefacts: Sequence[Artefact]) -> list[Path]:
         """A stage's folders on this machine, and its record."""

@@ -36,6 +36,7 @@ def run(ctx: RunContext) -> Outcome:
     task = _task(ctx)
     store = open_store(ctx.store_root(FOLDER))
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", "score")["snapshot"])
-    _, tokens = score(ctx, task, store, snapshot)
+    scores, tokens = score(ctx, task, store, snapshot)
+    complete = len(scores.committed_records(snapshot)) == len(snapshot)
     outputs = {"pass": pass_name(task), "teacher": task.teacher.to_json(), "top_k": task.top_k}
-    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens}, complete)
