@@ -227,6 +227,8 @@ class Config(Frozen):
     """A whole run."""
 
     run_dir: Annotated[str, Field(min_length=1)]
+    store: Annotated[str, Field(min_length=1)] | None = None
+    """A folder, or a `gs://` or `s3://` address, for all token stores; `None`: `run_dir`."""
     seed: int = Field(default=0, ge=0)
     model: ModelConfig
     prompts: PromptsConfig

@@ -71,9 +71,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe(error, str(file), origins)) from None
-    return config.model_copy(
-        update={"run_dir": os.path.abspath(os.path.expanduser(config.run_dir))}
-    )
+    folders = {"run_dir": config.run_dir, "store": config.store}
+    return config.model_copy(update={key: _from_here(value) for key, value in folders.items()})
+
+
+def _from_here(folder: str | None) -> str | None:
+    """A folder from the working directory on; an address of an object store is one already."""
+    if folder is None or "://" in folder:
+        return folder
+    return os.path.abspath(os.path.expanduser(folder))
 
 
 def dump_config(config: Config) -> str:

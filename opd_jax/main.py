@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -68,6 +69,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="append", default=[], metavar="STAGE", help="redo a stage that is done"
     )
+    parser.add_argument(
+        "--share", metavar="I/N", help="with --stages score: do the I-th of N shares of it alone"
+    )
     parser.add_argument("--plan", action="store_true", help="print what is done and what is not")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
     group = parser.add_argument_group("try a model of the run")
@@ -127,7 +131,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from opd_jax.stages import pipeline
 
     stages = None if arguments.stages is None else _names([arguments.stages])
-    pipeline.run(config, stages=stages, force=_names(arguments.force), plan_only=arguments.plan)
+    share = None if arguments.share is None else _share(arguments)
+    force = _names(arguments.force)
+    pipeline.run(config, stages=stages, force=force, plan_only=arguments.plan, share=share)
     return 0
 
 
@@ -172,9 +178,19 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     for name in ("coordinator", "processes", "rank"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"{one} runs in one process; leave out --{name}")
-    for name in ("stages", "force", "plan", *(("prompt",) if arguments.chat else ())):
+    for name in ("stages", "force", "share", "plan", *(("prompt",) if arguments.chat else ())):
         if getattr(arguments, name) not in (None, [], False):
             raise ConfigError(f"{one} and --{name} do not go together; leave one of them out")
+
+
+def _share(arguments: argparse.Namespace) -> tuple[int, int]:
+    """(index from 0, count); raises ConfigError where the flag makes no sense."""
+    found = re.fullmatch(r"(\d+)/(\d+)", arguments.share)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--share {arguments.share}: give I/N, as in 1/4, 2/4, 3/4 and 4/4")
+    if arguments.stages != "score" or arguments.force or arguments.plan:
+        raise ConfigError("--share goes with --stages score, and not with --force or --plan")
+    return int(found[1]) - 1, int(found[2])
 
 
 def _leave_others() -> None:

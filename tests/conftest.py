@@ -8,10 +8,29 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+import uuid
+
 import jax
+import pytest
+import s3_server
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tiny models spend their time in the compiler: it does the same program with less polish. Exactness
 # is also tested on what users run, fully optimised: OPD_JAX_OPTIMIZED=1, as .ci/run sets it.
 if not os.environ.get("OPD_JAX_OPTIMIZED"):
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """The address of an S3 server on this machine."""
+    with s3_server.running() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch):
+    """The `s3://` address of an empty bucket, with the environment that reaches it."""
+    for name, value in {**s3_server.KEYS, "AWS_ENDPOINT_URL_S3": s3_endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.make_bucket(s3_endpoint, f"bucket-{uuid.uuid4().hex[:12]}")

@@ -115,6 +115,17 @@ def test_paths_are_relative_to_where_they_are_written(write, tmp_path, monkeypat
     assert config.run_dir == str(elsewhere / "runs/demo")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("null", None), ("far", "HERE/far"), ("/far", "/far"), ("s3://far/a b", "s3://far/a b")],
+)
+def test_a_store_is_a_folder_from_here_or_an_address(write, tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(write(MINIMAL), [f"store={given}"])
+    assert config.store == (expected and expected.replace("HERE", str(tmp_path)))
+    assert load_config(write(dump_config(config))).store == config.store
+
+
 def test_a_package_can_carry_a_file(write):
     import numpy
 

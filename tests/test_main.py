@@ -32,8 +32,9 @@ def pipeline(monkeypatch):
     fake = types.ModuleType("opd_jax.stages.pipeline")
     fake.calls, fake.error = [], None
 
-    def run(config, *, stages, force, plan_only):
+    def run(config, *, stages, force, plan_only, share):
         fake.calls.append((config, stages, force, plan_only))
+        fake.share = share
         if fake.error:
             raise fake.error
 
@@ -49,6 +50,32 @@ def test_overrides_and_options_mix_and_reach_the_pipeline(config_path, pipeline)
     ((config, stages, force, plan_only),) = pipeline.calls
     assert (config.seed, config.sft.steps) == (3, 2)
     assert (stages, force, plan_only) == (["sft", "rollout"], ["sft", "train", "export"], False)
+
+
+def test_a_share_counts_from_one(config_path, pipeline):
+    words = ["--config", config_path, "--stages", "score"]
+    assert main([*words, "--share", "3/4"]) == 0
+    assert pipeline.share == (2, 4)
+    assert main(words) == 0
+    assert pipeline.share is None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--stages", "score", "--share", "0/4"], "--share 0/4: give I/N"),
+        (["--stages", "score", "--share", "5/4"], "--share 5/4: give I/N"),
+        (["--stages", "score", "--share", "half"], "--share half: give I/N"),
+        (["--share", "1/2"], "--share goes with --stages score"),
+        (["--stages", "rollout,score", "--share", "1/2"], "--share goes with --stages score"),
+        (["--stages", "score", "--share", "1/2", "--force", "score"], "not with --force"),
+        (["--prompt", "x", "--share", "1/2"], "--prompt and --share do not go together"),
+    ],
+)
+def test_a_share_that_makes_no_sense_is_refused(config_path, pipeline, words, expected, capsys):
+    assert main(["--config", config_path, *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert pipeline.calls == []
 
 
 def test_without_stages_all_are_meant(config_path, pipeline):

@@ -19,8 +19,11 @@ except ImportError:  # no such locks on this system
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Generator[None]:
+def run_lock(run_dir: Path, shared: bool = False) -> Generator[None]:
     """Hold the folder; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        shared: hold it together with others that do so too.
 
     Process 0 holds it for all. A file system without locks is not guarded.
 
@@ -32,7 +35,7 @@ def run_lock(run_dir: Path) -> Generator[None]:
         return
     with (run_dir / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)

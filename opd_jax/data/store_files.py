@@ -3,6 +3,10 @@
 The root is a local folder or a URL (`gs://`, `s3://`). A write is atomic: a reader sees the whole
 object or none. Every JSON object carries the schema version and a sha256 over its own canonical
 text, so no flipped bit passes.
+
+`s3://` reads the environment variables of the AWS tools: `AWS_ACCESS_KEY_ID`,
+`AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, and for S3-compatible servers `AWS_ENDPOINT_URL_S3` or
+`AWS_ENDPOINT_URL` with `AWS_REGION` or `AWS_DEFAULT_REGION`.
 """
 
 from __future__ import annotations
@@ -27,6 +31,30 @@ class SchemaVersionError(DataError):
     """A document of a version that this reader does not know."""
 
 
+def is_url(root: str) -> bool:
+    """Whether a root is the address of an object store, not a local folder."""
+    return "://" in root
+
+
+def _spec_of(url: str) -> dict[str, Any]:
+    """TensorStore's words for an address; an `s3://` one has no place for the server's name.
+
+    Raises:
+        ValueError: TensorStore knows no such address.
+    """
+    spec: dict[str, Any] = ts.KvStore.Spec(url.rstrip("/") + "/").to_json()
+    endpoint = _variable("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    if spec["driver"] == "s3" and endpoint is not None:
+        region = _variable("AWS_REGION", "AWS_DEFAULT_REGION")
+        spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
+    return spec
+
+
+def _variable(*names: str) -> str | None:
+    """The first of these environment variables that is set to something."""
+    return next((value for name in names if (value := os.environ.get(name))), None)
+
+
 @functools.cache
 def shared_context() -> ts.Context:
     """One pool per process. The default of 32 requests is 4 times slower at 30 ms latency.
@@ -34,11 +62,19 @@ def shared_context() -> ts.Context:
     The pool serves the shards' indices: no two records share a chunk. 256 MB in place of 64 take
     280 MB more and read a tenth faster, in ten million tokens of records of 50; of 2,000, no faster
     (benchmarks/store_open.py).
+
+    A store that does not answer is given up after 3 minutes; by default it would take 15.
     """
     requests = {"limit": 256}
+    retries = {"max_retries": 10}
+    # Without this TensorStore also looks for files in ~/.aws, and complains that there are none.
+    given = _variable("AWS_ACCESS_KEY_ID") is not None
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 64_000_000},
+            "aws_credentials": {"type": "environment" if given else "default"},
+            "s3_request_retries": retries,
+            "gcs_request_retries": retries,
             "file_io_concurrency": {"limit": 32},
             "gcs_request_concurrency": requests,
             "s3_request_concurrency": requests,
@@ -74,10 +110,10 @@ class StoreFiles:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         text = os.fspath(root)
-        self.root = text.rstrip("/") if "://" in text else os.path.abspath(text)
-        url = self.root + "/"
-        spec: Any = url if "://" in text else {"driver": "file", "path": url}
+        self.root = text.rstrip("/") if is_url(text) else os.path.abspath(text)
         with damage_named(self.root, "give a folder or a gs:// or s3:// address"):
+            local = {"driver": "file", "path": self.root + "/"}
+            spec = _spec_of(text) if is_url(text) else local
             self.kvstore = ts.KvStore.open(spec, context=shared_context()).result()
 
     def path(self, key: str) -> str:
@@ -90,6 +126,28 @@ class StoreFiles:
             keys = (self.kvstore / folder).list().result()
         texts = (key.decode() for key in keys)
         return sorted(t.removesuffix(ending) for t in texts if t.endswith(ending) and "/" not in t)
+
+    def check_writable(self, key: str) -> None:
+        """Writes an object and removes it; raises DataError where that cannot be done."""
+        self.write(key, b"")
+        with damage_named(self.path(key), "allow to delete it"):
+            self.kvstore.write(key, None).result()
+
+    def remove(self) -> None:
+        """Removes everything below the root, and nothing beside it.
+
+        Documents go first: what a kill leaves is without commits, so no reader lists it.
+        """
+        with damage_named(self.root, "make it writable"):
+            keys = [key for key in self.kvstore.list().result() if key.endswith(b".json")]
+            for deletion in [self.kvstore.write(key, None) for key in keys]:
+                deletion.result()
+            self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing below the root."""
+        with damage_named(self.root, "make it readable"):
+            return not self.kvstore.list().result()
 
     def read(self, key: str, repair: str) -> bytes:
         """The object's bytes.

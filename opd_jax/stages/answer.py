@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 
 FOLDER = "answers"
 
@@ -20,9 +18,9 @@ def inputs(ctx: RunContext) -> Json:
     return sample_inputs(ctx, _task(ctx))
 
 
-def artefacts(ctx: RunContext) -> list[Path]:
+def artefacts(ctx: RunContext) -> list[Artefact]:
     """What `--force` removes."""
-    return [ctx.run_dir / FOLDER]
+    return [ctx.store_artefact(FOLDER)]
 
 
 def run(ctx: RunContext) -> Outcome:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from opd_jax.config import SamplingConfig
@@ -20,7 +19,7 @@ from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import SamplingJob, plan_for
 from opd_jax.sampling.slots import Sample
 from opd_jax.stages.context import RunContext, Split
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 from opd_jax.teacher.score import Scorer, padding_share, score_batches
 from opd_jax.teacher.score_pass import score_snapshot
 from opd_jax.teacher.self_test import self_test
@@ -31,6 +30,8 @@ class Outcome(NamedTuple):
 
     outputs: Json
     counts: Json
+    complete: bool = True
+    """False where other runs have shares of the stage still to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Stage:
     name: str
     inputs: Callable[[], Json]
     run: Callable[[], Outcome]
-    artefacts: Callable[[], list[Path]]
+    artefacts: Callable[[], Sequence[Artefact]]
 
 
 class SampleTask(NamedTuple):
@@ -115,7 +116,7 @@ def _create(ctx: RunContext, task: SampleTask, meta: Json) -> Store:
         "seed": ctx.config.seed,
         **meta,
     }
-    return create_store(ctx.run_dir / task.folder, content)
+    return create_store(ctx.store_root(task.folder), content)
 
 
 def _check_complete(snapshot: Snapshot, requests: Sequence[Request], task: SampleTask) -> None:
@@ -161,7 +162,9 @@ def score(
         _say_of_pass(task, scorer, snapshot)
     with StageProgress(task.stage, len(snapshot), "scored", done) as progress:
         on_batch: Callable[[int, int], None] = progress.add
-        score_snapshot(scorer, snapshot, scores, on_batch, ctx.config.flush_seconds)
+        score_snapshot(
+            scorer, snapshot, scores, on_batch, ctx.config.flush_seconds, ctx.share or (0, 1)
+        )
     barrier("scored")
     return scores, int(snapshot.lengths()[1].sum())
 

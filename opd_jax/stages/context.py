@@ -14,6 +14,7 @@ from opd_jax.core.distributed import from_first, is_first
 from opd_jax.core.lineage import Identity, TokenizerParts, fingerprint_json, fingerprint_params
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.prompts import Prompt, load_prompts
+from opd_jax.data.store_files import StoreFiles, is_url
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.data.tokenizer_probe import parts_of
 from opd_jax.errors import ConsistencyError, DataError
@@ -21,7 +22,7 @@ from opd_jax.model.architecture import Architecture
 from opd_jax.model.fingerprint import weights_fingerprint
 from opd_jax.model.load import architecture_of, padding_start, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.stages.records import Json, StageRecords, read_json, write_json
+from opd_jax.stages.records import Artefact, Json, StageRecords, read_json, write_json
 from opd_jax.teacher.consistency import check_tokenizers, recorded
 from opd_jax.train import checkpoint
 
@@ -41,6 +42,8 @@ class RunContext:
     run_dir: Path
     mesh: Mesh
     records: StageRecords
+    share: tuple[int, int] | None = None
+    """(index, count): score this share alone, beside runs that meet in the store alone."""
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def settings(self, node: Any) -> Json:
@@ -166,6 +169,15 @@ class RunContext:
                 )
             rows.append((prompt.id, ids))
         return rows
+
+    def store_root(self, folder: str) -> str:
+        """Where one of the run's token stores lies."""
+        return f"{(self.config.store or str(self.run_dir)).rstrip('/')}/{folder}"
+
+    def store_artefact(self, folder: str) -> Artefact:
+        """A store, or a folder in one, as what a stage leaves behind."""
+        root = self.store_root(folder)
+        return StoreFiles(root) if is_url(root) else Path(root)
 
     def checkpoint_dir(self, name: str) -> Path:
         """Where a training run keeps its state, its final model and its lineage."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from opd_jax.evals.estimates import Estimate, accuracy_estimate, reverse_kl_esti
 from opd_jax.evals.graders import grade
 from opd_jax.stages.common import Outcome, SampleTask, ScoreTask, sample, sample_inputs, score
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 
 SHOWN = 200  # samples kept as text; the report picks a few of them
 
@@ -62,9 +61,10 @@ def inputs(ctx: RunContext, name: str) -> Json:
     }
 
 
-def artefacts(ctx: RunContext, name: str) -> list[Path]:
-    """What `--force` removes."""
-    return [ctx.run_dir / _folder(name)]
+def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
+    """What `--force` removes: samples as text, and the stores unless they lie in that folder."""
+    texts, stores = ctx.run_dir / _folder(name), ctx.store_artefact(_folder(name))
+    return [texts] if stores == texts else [texts, stores]
 
 
 def run(ctx: RunContext, name: str) -> Outcome:
@@ -145,6 +145,7 @@ def _write_samples(
         return
     kind = ctx.config.evaluate.grader
     path = ctx.run_dir / _folder(name) / "samples.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for record in records[:SHOWN]:
             response = _thought_and_answer(ctx, record)

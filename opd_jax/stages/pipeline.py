@@ -6,6 +6,7 @@ import contextlib
 import resource
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,14 @@ from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
+from opd_jax.data.store_files import StoreFiles
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
 from opd_jax.stages.common import Stage
 from opd_jax.stages.context import ROLES, RunContext, Split
-from opd_jax.stages.records import Json, StageRecords
+from opd_jax.stages.records import Json, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 
 PARTS = ("inputs", "run", "artefacts")
@@ -59,7 +61,12 @@ def stages_of(ctx: RunContext) -> list[Stage]:
 
 
 def run(
-    config: Config, *, stages: Sequence[str] | None, force: Sequence[str], plan_only: bool
+    config: Config,
+    *,
+    stages: Sequence[str] | None,
+    force: Sequence[str],
+    plan_only: bool,
+    share: tuple[int, int] | None = None,
 ) -> None:
     """Run a config's stages.
 
@@ -67,11 +74,12 @@ def run(
         stages: names to run (`train` means every `train.NAME`); `None`: all.
         force: stages to redo, complete or not.
         plan_only: print what is done and what is not, and stop.
+        share: (index, count); do this share of the score stage alone.
 
     Raises:
         OPDError: as its message says.
     """
-    ctx = open_run(config, writable=not plan_only)
+    ctx = open_run(config, writable=not plan_only, share=share)
     all_stages = stages_of(ctx)
     names = [stage.name for stage in all_stages]
     chosen = _select(names, stages, "--stages")
@@ -82,35 +90,42 @@ def run(
     if plan_only:
         plan.print_plan(ctx, all_stages, chosen, forced)
         return
-    with run_lock(ctx.run_dir):
-        say(f"run_dir {_shown(ctx.run_dir)}, {_devices()}")
+    with run_lock(ctx.run_dir, shared=share is not None):
+        store = f"store {config.store}, " if config.store else ""
+        say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices()}")
         _check_inputs(ctx, {name.split(".")[0] for name in chosen})
         for stage in all_stages:
             barrier(stage.name)
             if stage.name in chosen:
                 _run_stage(ctx, stage, forced=stage.name in forced)
                 ctx.release_models()
-        _report(ctx, names, tables=stages is None or "report" in stages)
+        if share is None:
+            _report(ctx, names, tables=stages is None or "report" in stages)
 
 
-def open_run(config: Config, writable: bool = True) -> RunContext:
+def open_run(
+    config: Config, writable: bool = True, share: tuple[int, int] | None = None
+) -> RunContext:
     """The context of a config; makes the run folder unless nothing is to be written.
 
     Raises:
         ConfigError: the folder cannot be written, or the mesh does not fit the devices.
+        DataError: `store` cannot be written.
     """
     run_dir = Path(config.run_dir)
     if writable:
         _make_folder(run_dir)
+        if config.store is not None:
+            StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
     mesh = make_mesh(config.mesh)
     _check_batches(config, axis_size(mesh, "batch"))
-    return RunContext(config, run_dir, mesh, StageRecords(run_dir))
+    return RunContext(config, run_dir, mesh, StageRecords(run_dir), share)
 
 
 def _make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".write-{jax.process_index()}"
+        probe = run_dir / f".write-{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -199,7 +214,7 @@ def _check_enough(prompts: int, sampling: SamplingConfig, loops: Mapping[str, Lo
 
 
 def _write_config(ctx: RunContext) -> None:
-    if is_first():
+    if is_first() and ctx.share is None:
         partial_file = ctx.run_dir / ".config.yaml.tmp"
         partial_file.write_text(dump_config(ctx.config), encoding="utf-8")
         partial_file.replace(ctx.run_dir / "config.yaml")
@@ -220,7 +235,7 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
     if forced:
         ctx.records.set_aside(stage.name, stage.artefacts())
         barrier(f"aside {stage.name}")
-    here = [path.exists() for path in stage.artefacts()]
+    here = [exists(artefact) for artefact in stage.artefacts()]
     if not any(here):
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
     barrier(f"inputs of {stage.name}")
@@ -231,22 +246,30 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
         return
     barrier(f"start of {stage.name}")
     _write_config(ctx)
+    part = stage.name if ctx.share is None else "{}.share-{}-of-{}".format(stage.name, *ctx.share)
     try:
-        with _timed(ctx, stage.name, inputs) as elapsed:
+        with _timed(ctx, part, inputs) as elapsed:
             outcome = stage.run()
             seconds = elapsed()
     except BaseException:
         ctx.records.put_back(stage.name, stage.artefacts())
         raise
     barrier(f"end of {stage.name}")
+    if ctx.share is not None:
+        ctx.records.tick(part, inputs, seconds)
+        seconds = 0.0  # it is among those of the shares
+    if not outcome.complete:
+        say(stage_line(stage.name, "this share is done, others are not"))
+        return
+    shares = ctx.records.share_seconds(stage.name)
     ctx.records.finish(
         stage.name,
         {
             "inputs": inputs,
             "outputs": outcome.outputs,
             "counts": outcome.counts,
-            "seconds": round(seconds, 3),
-            "device_seconds": round(seconds * ctx.mesh.size, 3),
+            "seconds": round(seconds + max(shares, default=0.0), 3),
+            "device_seconds": round((seconds + sum(shares)) * ctx.mesh.size, 3),
             "peak_host_gib": peak_host_gib(),
         },
     )

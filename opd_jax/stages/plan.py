@@ -14,6 +14,7 @@ from opd_jax.report.terminal import WIDEST
 from opd_jax.stages.common import Stage
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.cost import Estimate, estimate, matmul_rate
+from opd_jax.stages.records import exists
 
 EFFICIENCY = 0.3  # of the matrix-product rate, for a first guess
 CHANGES_SHOWN = 2
@@ -67,7 +68,7 @@ def _changes(ctx: RunContext, stage: Stage) -> list[str]:
     record = ctx.records.done(stage.name)
     if record is None and (record := ctx.records.started(stage.name)) is not None:
         # A run forgets a start that wrote nothing.
-        record = record if any(path.exists() for path in stage.artefacts()) else None
+        record = record if any(exists(artefact) for artefact in stage.artefacts()) else None
     if record is None:
         return []
     return [
@@ -89,7 +90,7 @@ def _state(
         return State("changed", f"changed: {shown} (--force {stage.name})")
     if done is None:
         return State("pending", "under way")
-    here = all(path.exists() for path in stage.artefacts())
+    here = all(exists(artefact) for artefact in stage.artefacts())
     return State("done", "done") if here else State("pending", "pending (its files are gone)")
 
 

@@ -9,14 +9,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from opd_jax.core.distributed import is_first
+from opd_jax.data.store_files import StoreFiles
 from opd_jax.errors import DataError, StageError
 
 Json = dict[str, Any]
+Artefact = Path | StoreFiles
+"""What a stage leaves behind: a folder here, or one on an object store."""
+
+
+def exists(artefact: Artefact) -> bool:
+    """Whether a stage has left anything there."""
+    return artefact.exists() if isinstance(artefact, Path) else not artefact.is_empty()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
     if not is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{threading.get_ident()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
@@ -104,9 +113,18 @@ class StageRecords:
         return seconds
 
     def drop_started(self, name: str) -> None:
-        """Forget that a stage was under way."""
+        """Forget that a stage, or shares of it, was under way."""
         if is_first():
-            self._started(name).unlink(missing_ok=True)
+            for path in [self._started(name), *self._shares(name)]:
+                path.unlink(missing_ok=True)
+
+    def _shares(self, name: str) -> list[Path]:
+        return list(self.folder.glob(f"{name}.share-*.started.json"))
+
+    def share_seconds(self, name: str) -> list[float]:
+        """What each share of a stage took, as far as this run folder knows."""
+        found = [read_json(path) for path in self._shares(name)]
+        return [record["seconds"] for record in found if record is not None]
 
     def tick(self, name: str, inputs: Json, seconds: float) -> None:
         """Note how long the stage has taken so far."""
@@ -115,32 +133,44 @@ class StageRecords:
     def finish(self, name: str, record: Json) -> None:
         """Mark the stage complete."""
         write_json(self._final(name), record)
-        if is_first():
-            self._started(name).unlink(missing_ok=True)
+        self.drop_started(name)
 
-    def set_aside(self, name: str, artefacts: list[Path]) -> None:
-        """Put away what a stage wrote, and then its record, until the stage is complete again."""
+    def set_aside(self, name: str, artefacts: Sequence[Artefact]) -> None:
+        """Put away what a stage wrote, and then its record, until the stage is complete again.
+
+        An object store cannot rename: what lies there is removed, after the stage's record.
+        """
         if not is_first():
             return
-        for path in [*artefacts, self._final(name)]:
+        stores = [artefact for artefact in artefacts if isinstance(artefact, StoreFiles)]
+        if stores:
+            self._final(name).unlink(missing_ok=True)
+            _remove(_aside(self._final(name)))
+        for store in stores:
+            store.remove()
+        for path in self._local(name, artefacts):
             if path.exists():
                 _remove(_aside(path))
                 path.rename(_aside(path))
-        self._started(name).unlink(missing_ok=True)
+        self.drop_started(name)
 
-    def put_back(self, name: str, artefacts: list[Path]) -> None:
+    def _local(self, name: str, artefacts: Sequence[Artefact]) -> list[Path]:
+        """A stage's folders on this machine, and its record."""
+        return [*(path for path in artefacts if isinstance(path, Path)), self._final(name)]
+
+    def put_back(self, name: str, artefacts: Sequence[Artefact]) -> None:
         """Undo `set_aside`, unless something new has been written since."""
-        if not is_first() or any(path.exists() for path in artefacts):
+        if not is_first() or any(exists(artefact) for artefact in artefacts):
             return
-        for path in [*artefacts, self._final(name)]:
+        for path in self._local(name, artefacts):
             if _aside(path).exists():
                 _aside(path).rename(path)
                 self._started(name).unlink(missing_ok=True)
 
-    def drop_aside(self, name: str, artefacts: list[Path]) -> None:
+    def drop_aside(self, name: str, artefacts: Sequence[Artefact]) -> None:
         """Remove what `set_aside` put away."""
         if is_first():
-            for path in [*artefacts, self._final(name)]:
+            for path in self._local(name, artefacts):
                 _remove(_aside(path))
 
 

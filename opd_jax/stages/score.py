@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
@@ -13,7 +12,7 @@ from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.stages.common import Outcome, ScoreTask, pass_name, score
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json, write_json
+from opd_jax.stages.records import Artefact, Json, write_json
 from opd_jax.teacher.summary import lines, summarize
 
 FOLDER = "rollouts"
@@ -38,20 +37,25 @@ def inputs(ctx: RunContext) -> Json:
     }
 
 
-def artefacts(ctx: RunContext) -> list[Path]:
+def artefacts(ctx: RunContext) -> list[Artefact]:
     """What `--force` removes: this teacher's pass, no other's."""
-    return [ctx.run_dir / FOLDER / "teacher" / pass_name(_task(ctx)), ctx.run_dir / SUMMARY]
+    return [
+        ctx.store_artefact(f"{FOLDER}/teacher/{pass_name(_task(ctx))}"),
+        ctx.run_dir / SUMMARY,
+    ]
 
 
 def run(ctx: RunContext) -> Outcome:
     """Score the frozen rollouts."""
     task = _task(ctx)
-    store = open_store(ctx.run_dir / FOLDER)
+    store = open_store(ctx.store_root(FOLDER))
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", "score")["snapshot"])
     scores, tokens = score(ctx, task, store, snapshot)
-    _summarize(ctx, snapshot, scores)
+    complete = len(scores.committed_records(snapshot)) == len(snapshot)
+    if complete:
+        _summarize(ctx, snapshot, scores)
     outputs = {"pass": pass_name(task), "teacher": task.teacher.to_json(), "top_k": task.top_k}
-    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens}, complete)
 
 
 def _summarize(ctx: RunContext, snapshot: Snapshot, scores: TeacherPass) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from opd_jax.config import TrainRun
@@ -12,7 +11,7 @@ from opd_jax.data.store import Store, open_store
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext, lineage_file
-from opd_jax.stages.records import Json
+from opd_jax.stages.records import Artefact, Json
 from opd_jax.stages.training import TrainTask, answer_source, train
 from opd_jax.teacher.consistency import (
     check_same_model,
@@ -53,7 +52,7 @@ def inputs(ctx: RunContext, name: str) -> Json:
     return {**shared, "answers": answers, "row_tokens": ctx.config.sft.row_tokens}
 
 
-def artefacts(ctx: RunContext, name: str) -> list[Path]:
+def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
     """What `--force` removes."""
     return [ctx.checkpoint_dir(name)]
 
@@ -86,7 +85,7 @@ def run(ctx: RunContext, name: str) -> Outcome:
 
 def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     stage = f"train.{name}"
-    store = open_store(ctx.run_dir / "rollouts")
+    store = open_store(ctx.store_root("rollouts"))
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", stage)["snapshot"])
     scores = store.open_pass(ctx.records.outputs("score", stage)["pass"])
     lineage = _check_lineage(ctx, stage, store, scores)

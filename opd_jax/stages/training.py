@@ -73,7 +73,7 @@ def _metrics(
 def answers(ctx: RunContext, needed_by: str) -> Snapshot:
     """The frozen answers of the teacher."""
     snapshot = ctx.records.outputs("answer", needed_by)["snapshot"]
-    return open_store(ctx.run_dir / "answers").open_snapshot(snapshot)
+    return open_store(ctx.store_root("answers")).open_snapshot(snapshot)
 
 
 def answer_source(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: str) -> Source:

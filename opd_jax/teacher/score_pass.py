@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from opd_jax.core.distributed import barrier
 from opd_jax.data.records import Record, Scores
@@ -25,24 +24,27 @@ def score_snapshot(
     scores: TeacherPass,
     on_batch: Callable[[int, int], None],
     flush_seconds: float,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Score what the pass does not hold yet. Each process writes its share of every batch.
 
     Args:
         on_batch: called with each batch's number of records and of response tokens.
         flush_seconds: time between two commits; what a kill costs at most.
+        share: (index, count) of runs that meet in the store alone, on the same snapshot, batch size
+            and mesh: this one scores every count-th batch. Nothing waits for the other runs.
 
     Raises:
-        DataError: a score is not finite, or the pass does not cover the snapshot at the end.
+        DataError: a score is not finite, or the pass does not cover the share at the end.
     """
     barrier("score")
     prompt_r, response_r = snapshot.lengths()
     done = scores.committed_records(snapshot)
     rank, count = jax.process_index(), jax.process_count()
     flushed = time.monotonic()
-    batches = score_batches(prompt_r + response_r, scorer)
+    batches = score_batches(prompt_r + response_r, scorer)[share[0] :: share[1]]
     open_batches = [batch for batch in batches if not done.issuperset(batch.indices)]
-    with scores.writer(snapshot, rank) as writer:
+    with scores.writer(snapshot, share[0] * count + rank) as writer:
         for batch, found in _scored(scorer, snapshot, open_batches):
             for index, score in zip(batch.indices, found, strict=True):
                 if index % count == rank and index not in done:
@@ -52,10 +54,11 @@ def score_snapshot(
                 writer.flush()
                 flushed = time.monotonic()
     barrier("scores written")
-    missing = np.setdiff1d(np.arange(len(snapshot)), sorted(scores.committed_records(snapshot)))
-    if missing.size:
+    wanted = [index for batch in batches for index in batch.indices]
+    missing = set(wanted) - scores.committed_records(snapshot)
+    if missing:
         raise DataError(
-            f"the teacher pass lacks {missing.size} of {len(snapshot)} records; run the stage again"
+            f"the teacher pass lacks {len(missing)} of {len(wanted)} records; run the stage again"
         )
 
 

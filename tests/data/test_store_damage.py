@@ -11,8 +11,11 @@ from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store, open_store
 from opd_jax.data.store_files import encode_document
 from opd_jax.errors import DataError
+from opd_jax.train.sources import offline_source
 
 RECORDS = 12
+FLIPS, CUTS = 40, 8  # of each of the 15 kinds of file: 600 flips and 120 cuts
+UNREAD = "zarr.json"  # for other programs: no reader here needs it
 KINDS = [
     "dataset.json",
     "commits/*.json",
@@ -113,17 +116,58 @@ def test_every_flipped_bit_is_found(damaged, kind):
     read_everything(root, snapshot_hash)
 
 
+def epoch_of_batches(root, snapshot_hash):
+    """Every batch of one epoch, read as training reads them, from a store just opened."""
+    store = open_store(root)
+    snapshot = store.open_snapshot(snapshot_hash)
+    source = offline_source(snapshot, store.open_pass("t"), support=4, batch_size=4, seed=0)
+    next_batch = source(0)
+    return [next_batch(step, {}) for step in range(RECORDS // 4)]
+
+
+def damages(rng, root, kind):
+    """(file, its bytes with one bit flipped), then (file, its bytes cut short)."""
+    files = files_of(root, kind)
+    for number in range(FLIPS + CUTS):
+        path = files[rng.integers(len(files))]
+        raw = bytearray(path.read_bytes())
+        if number < FLIPS:
+            bit = int(rng.integers(8 * len(raw)))
+            raw[bit // 8] ^= 1 << bit % 8
+            yield path, bytes(raw)
+        else:
+            yield path, bytes(raw[: rng.integers(len(raw))])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_flipped_bit_of_many_is_found(damaged, kind):
+def test_no_damage_is_overlooked_or_reaches_a_training_batch(damaged, kind):
+    """Verification reports each; batches are refused, or those of the sound store to the bit."""
     root, snapshot_hash = damaged
-    rng = np.random.default_rng(1)
-    for _ in range(100):
-        path = rng.choice(files_of(root, kind))
-        bit = int(rng.integers(8 * path.stat().st_size))
-        flip_bit(path, bit)
+    wanted = epoch_of_batches(root, snapshot_hash)
+    refused = 0
+    for path, harmed in damages(np.random.default_rng(1), root, kind):
+        raw = path.read_bytes()
+        path.write_bytes(harmed)
         assert_damage_found(root, snapshot_hash)
-        flip_bit(path, bit)
+        try:
+            batches = epoch_of_batches(root, snapshot_hash)
+        except DataError:
+            refused += 1
+        else:
+            assert_same_batches(batches, wanted)
+        path.write_bytes(raw)
+    read_everything(root, snapshot_hash)
+    print(f"{kind}: {refused} of {FLIPS + CUTS} refused, the others without effect")
+    assert refused == (0 if kind.endswith(UNREAD) else FLIPS + CUTS)
+
+
+def assert_same_batches(actual, wanted):
+    assert len(actual) == len(wanted)
+    for batch, sound_one in zip(actual, wanted, strict=True):
+        assert batch.keys() == sound_one.keys()
+        for name, value in batch.items():
+            assert np.asarray(value).tobytes() == np.asarray(sound_one[name]).tobytes(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -109,6 +109,29 @@ def test_a_pass_that_was_cut_off_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(a.topk_logprob, b.topk_logprob)
 
 
+def test_shares_are_whole_batches_and_make_the_pass_of_one(tmp_path):
+    model, params = tiny()
+    scorer = Scorer(model, params, top_k=2, batch_tokens=64)
+    store = create_store(tmp_path, {})
+    with store.writer() as writer:
+        for record in make_records():
+            writer.append(record)
+    snapshot = store.freeze()
+    whole, shared = (store.create_pass(name, {}) for name in ("whole", "shared"))
+    score_snapshot(scorer, snapshot, whole, lambda *_: None, 0.0)
+    batches = [set(b.indices) for b in score_batches(sum(snapshot.lengths()), scorer)]
+    assert len(batches) > 4
+    for index, wanted in ((2, batches[2::3]), (0, batches[0::3] + batches[2::3])):
+        score_snapshot(scorer, snapshot, shared, lambda *_: None, 0.0, (index, 3))
+        assert shared.committed_records(snapshot) == set.union(*wanted)
+    score_snapshot(scorer, snapshot, shared, lambda *_: None, 0.0)  # alone, it does the rest
+    everything = range(len(snapshot))
+    pairs = zip(*(p.read_many(snapshot, everything) for p in (whole, shared)), strict=True)
+    for a, b in pairs:
+        np.testing.assert_array_equal(a.logprob, b.logprob)
+        np.testing.assert_array_equal(a.topk_logprob, b.topk_logprob)
+
+
 def interrupt_after(batches):
     seen = []
 
