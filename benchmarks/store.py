@@ -39,7 +39,7 @@ def records():
     found = []
     for number in range(RECORDS):
         length = int(rng.integers(RESPONSE // 2, RESPONSE * 3 // 2))
-        ids = np.minimum(rng.zipf(1.3, PROMPT + length), 151_935).astype(np.int32)
+        ids = (rng.zipf(1.1, PROMPT + length) % 151_936).astype(np.int32)
         logprob = -rng.exponential(0.5, length).astype(np.float32)
         found.append(Record(f"p{number:06d}", 0, ids[:PROMPT], ids[PROMPT:], logprob, "stop"))
     return found
@@ -146,7 +146,7 @@ def remote(folder, rounds, ahead):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--ahead", type=int, default=AHEAD)
     given = parser.parse_args()

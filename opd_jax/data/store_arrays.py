@@ -24,6 +24,7 @@ from opd_jax.data.store_files import (
     damage_named,
     shared_context,
     short_cause,
+    write_failure_named,
 )
 from opd_jax.errors import DataError
 
@@ -124,23 +125,24 @@ def lay_out(
 
 def write_array(
     files: StoreFiles, folder: str, flat: np.ndarray, field: Field, chunk: int
-) -> dict[str, Any]:
-    """Writes one array at once, whole shards only, and returns what a commit must say of it."""
+) -> tuple[Any, dict[str, Any]]:
+    """Begins to write one array, whole shards only.
+
+    Returns:
+        what to await the end with (`None`: nothing is left), and what a commit must say of it.
+    """
     metadata = array_metadata(field, chunk, flat.shape)
-    store = ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": (files.kvstore / folder).spec().to_json(),
-            "metadata": metadata,
-            "store_data_equal_to_fill_value": True,
-        },
-        create=True,
-        context=shared_context(),
-    ).result()
-    if flat.size:
-        store.write(flat).result()
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (files.kvstore / folder).spec().to_json(),
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,
+    }
+    with write_failure_named(files.path(folder)):
+        store = ts.open(spec, create=True, context=shared_context()).result()
+    begun = store.write(flat) if flat.size else None
     zarr_json = files.read(folder + "zarr.json", "write the segment again")
-    return {
+    return begun, {
         "axis": field.axis,
         "metadata": json.loads(zarr_json),
         "zarr_json_sha256": hashlib.sha256(zarr_json).hexdigest(),

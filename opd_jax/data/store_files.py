@@ -97,6 +97,17 @@ def damage_named(path: str, repair: str) -> Generator[None]:
         raise DataError(f"{path}: cannot be read ({short_cause(error)}); {repair}") from error
 
 
+@contextmanager
+def write_failure_named(path: str) -> Generator[None]:
+    """The same for what is written: a full disk, a folder that is not ours."""
+    try:
+        yield
+    except TENSORSTORE_ERRORS as error:
+        cause = short_cause(error)
+        repair = "free space or choose another folder"
+        raise DataError(f"{path}: cannot be written ({cause}); {repair}") from error
+
+
 def encode_document(body: dict[str, Any]) -> bytes:
     """The one text of a JSON object: version and digest added, keys sorted."""
     content = {"schema_version": SCHEMA_VERSION, **body}
@@ -168,12 +179,8 @@ class StoreFiles:
 
     def write(self, key: str, data: bytes) -> None:
         """Writes the object atomically and durably, replacing one of that name."""
-        try:
+        with write_failure_named(self.path(key)):
             self.kvstore.write(key, data).result()
-        except TENSORSTORE_ERRORS as error:
-            cause = str(error).splitlines()[0][:300]
-            repair = "free space or choose another folder"
-            raise DataError(f"{self.path(key)}: cannot be written ({cause}); {repair}") from error
 
     def write_document(self, key: str, body: dict[str, Any]) -> str:
         """Writes a JSON object and returns its digest."""

@@ -27,7 +27,7 @@ from opd_jax.data.store_arrays import (
     place_rows,
     write_array,
 )
-from opd_jax.data.store_files import StoreFiles
+from opd_jax.data.store_files import StoreFiles, write_failure_named
 from opd_jax.errors import DataError
 
 Columns = Mapping[str, np.ndarray]
@@ -60,7 +60,8 @@ def write_segment(
     folder = f"{base}data/{name}/"
     columns = dict(columns)
     chunks: dict[str, int] = {}
-    described = {}
+    described: dict[str, Any] = {}
+    pending: list[Any] = []  # one array is laid out while the last is compressed
     for field, rows in ragged:
         lengths = np.array([len(row) for row in rows], np.int64)
         # The first field of an axis sets its borders; all chunks are powers of two, so they divide.
@@ -69,7 +70,14 @@ def write_segment(
         columns[f"start_{field.axis}"], columns[f"len_{field.axis}"] = starts, lengths
         flat = lay_out(field, rows, starts, length)
         chunk = min(border, field.longest_chunk)
-        described[field.name] = write_array(files, f"{folder}{field.name}/", flat, field, chunk)
+        begun, described[field.name] = write_array(
+            files, f"{folder}{field.name}/", flat, field, chunk
+        )
+        pending.append(begun)
+    with write_failure_named(files.path(folder)):
+        for begun in pending:
+            if begun is not None:
+                begun.result()
     packed = io.BytesIO()
     np.savez(packed, allow_pickle=False, **columns)
     files.write(folder + "records.npz", packed.getvalue())

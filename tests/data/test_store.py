@@ -349,3 +349,41 @@ def test_records_start_on_chunk_borders_and_do_not_overlap(lengths, chunk):
     ends = [*starts[1:], total] if lengths else []
     for start, length, end in zip(starts, lengths, ends, strict=True):
         assert 0 <= end - (start + length) < chunk
+
+
+SMALL_FILES = """
+import resource, sys
+import numpy as np
+from opd_jax.data.records import Record
+from opd_jax.data.store import create_store
+from opd_jax.errors import DataError
+
+store = create_store(sys.argv[1], {})
+noise = np.random.default_rng(0).random(40_000).astype(np.float32)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+writer = store.writer()
+writer.append(Record("p", 0, np.arange(3), np.arange(len(noise)), -noise, "stop"))
+try:
+    writer.flush()
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_commits_nothing(tmp_path):
+    """Files may not grow beyond some bytes, as on a full disk; at first none is that large."""
+    sound = tmp_path / "sound"
+    say = [run_python(SMALL_FILES, sound, 10_000_000)]
+    assert say == [""]
+    assert len(open_store(sound).committed_keys()) == 1
+    full = tmp_path / "full"
+    line = run_python(SMALL_FILES, full, 50_000)
+    assert "cannot be written" in line
+    assert line.endswith("free space or choose another folder\n")
+    assert line.count("\n") == 1
+    assert open_store(full).committed_keys() == set()
+
+
+def run_python(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
