@@ -34,7 +34,7 @@ def artefacts(ctx: RunContext) -> list[Path]:
 def run(ctx: RunContext) -> Outcome:
     """Train, and record which teacher wrote the answers."""
     answer, where = ctx.records.outputs("answer", NAME), "answers/dataset.json"
-    teacher = recorded(open_store(ctx.run_dir / "answers").meta, "generator", where, "answer")
+    teacher = recorded(open_store(ctx.store_root("answers")).meta, "generator", where, "answer")
     asked = recorded(answer, "teacher", "stages/answer.json", "answer")
     check_same_model(asked, teacher, "the teacher of the answers", where, "answer")
     check_same_tokenizer(ctx.identity("student"), teacher)

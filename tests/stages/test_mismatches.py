@@ -13,6 +13,8 @@ from tiny_tokenizers import MERGES, tokens, write_tokenizer
 from opd_jax.data.store import open_store
 from opd_jax.main import main
 
+pytestmark = pytest.mark.slow  # each test redoes stages of a whole run
+
 MODELS = ROOT / "configs" / "quickstart"
 RUN = ("train.enabled=[opd]", "train.runs.opd.steps=1", "train.runs.opd.save_every=1")
 PAPER = (
@@ -268,7 +270,6 @@ def test_a_teacher_with_a_padded_vocabulary_gives_the_same_scores(run, do, tmp_p
         np.testing.assert_allclose(got.topk_logprob, expected.topk_logprob, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_vocabularies_that_differ_by_padding_go_through_every_stage(tmp_path):
     words = (
         f"model.teacher={padded_model(tmp_path / 'teacher', 'teacher', 32)}",
