@@ -9,12 +9,13 @@ import pytest
 
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store, open_store
-from opd_jax.data.store_files import encode_document
+from opd_jax.data.store_files import StoreFiles, encode_document
+from opd_jax.data.store_verify import verify_store
 from opd_jax.errors import DataError
 from opd_jax.train.sources import offline_source
 
 RECORDS = 12
-FLIPS, CUTS = 40, 8  # of each of the 15 kinds of file: 600 flips and 120 cuts
+FLIPS, CUTS = 40, 8  # of each of the 17 kinds of file: 680 flips and 136 cuts
 UNREAD = "zarr.json"  # for other programs: no reader here needs it
 KINDS = [
     "dataset.json",
@@ -32,7 +33,20 @@ KINDS = [
     "teacher/t/data/*/logprob/c/0",
     "teacher/t/data/*/topk_ids/c/0/0",
     "teacher/t/data/*/topk_logprob/c/0/0",
+    "teacher/t/data/*/topk_rest/c/0",
+    "teacher/t/data/*/entropy/c/0",
 ]
+
+
+def sound_scores(rng, length):
+    """Scores that contradict each other nowhere: the sampled tokens are outside the top-k."""
+    top = np.sort(-2 - rng.exponential(size=(length, 4)), axis=-1)[:, ::-1]
+    rest = 1 - np.exp(top).sum(-1)
+    ids = np.stack([rng.permutation(4) for _ in range(length)]) + 150_000
+    logprob = top[:, -1] - 0.1 - rng.exponential(size=length)
+    entropy = rng.exponential(size=length).astype(np.float32)
+    stored = (logprob.astype(np.float32), ids.astype(np.int32), top.astype(np.float16))
+    return Scores(*stored, rest.astype(np.float32), entropy)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +65,7 @@ def sound(tmp_path_factory):
     snapshot = store.freeze()
     with store.create_pass("t", {"b": 2}).writer(snapshot) as writer:
         for index, length in enumerate(snapshot.lengths()[1]):
-            top = -rng.exponential(size=(length, 4)).astype(np.float16)
-            ids = rng.integers(0, 150_000, (length, 4)).astype(np.int32)
-            writer.append(index, Scores(-rng.exponential(size=length).astype(np.float32), ids, top))
+            writer.append(index, sound_scores(rng, int(length)))
     return root, snapshot.hash
 
 
@@ -92,6 +104,11 @@ def flip_bit(path, bit):
     raw = bytearray(path.read_bytes())
     raw[bit // 8] ^= 1 << bit % 8
     path.write_bytes(bytes(raw))
+
+
+def reported(root):
+    """What `--verify` finds wrong."""
+    return verify_store(StoreFiles(root)).found.problems
 
 
 def assert_damage_found(root, snapshot_hash, message=None):
@@ -144,11 +161,13 @@ def damages(rng, root, kind):
 def test_no_damage_is_overlooked_or_reaches_a_training_batch(damaged, kind):
     """Verification reports each; batches are refused, or those of the sound store to the bit."""
     root, snapshot_hash = damaged
+    assert reported(root) == []
     wanted = epoch_of_batches(root, snapshot_hash)
     refused = 0
     for path, harmed in damages(np.random.default_rng(1), root, kind):
         raw = path.read_bytes()
         path.write_bytes(harmed)
+        assert reported(root)
         assert_damage_found(root, snapshot_hash)
         try:
             batches = epoch_of_batches(root, snapshot_hash)
