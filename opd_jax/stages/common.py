@@ -171,10 +171,10 @@ def score(
 
 def _say_of_pass(task: ScoreTask, scorer: Scorer, snapshot: Snapshot) -> None:
     """Before the first record is scored: the self-test, and how full the batches are."""
-    say(stage_line(task.stage, self_test(scorer, snapshot)))
     prompt_r, response_r = snapshot.lengths()
     tokens_r = prompt_r + response_r
     batches = score_batches(tokens_r, scorer)
+    say(stage_line(task.stage, self_test(scorer, snapshot, batches[0])))
     share = padding_share(batches, tokens_r)
     shape = f"{batches[0].rows} x {batches[0].length:,} tokens"
     say(stage_line(task.stage, f"{len(batches):,} batches of {shape}, {share:.1%} padding"))

@@ -12,7 +12,7 @@ import numpy as np
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import DataError
-from opd_jax.teacher.score import Scorer, score_batches
+from opd_jax.teacher.score import ScoreBatch, Scorer
 from opd_jax.teacher.score_pass import read_packed
 
 SHAPE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -21,18 +21,17 @@ CONSTANT = 1e-6
 UNIFORM = 1e-3
 
 
-def self_test(scorer: Scorer, snapshot: Snapshot) -> str:
+def self_test(scorer: Scorer, snapshot: Snapshot, batch: ScoreBatch) -> str:
     """Score some of the snapshot's records; returns what was seen, in a line.
 
-    The records are those of the first row of a batch. They are scored twice by themselves, and once
-    in the whole batch, where they stand in another order.
+    Args:
+        batch: of the snapshot's. The records of its first row are scored twice by themselves, and
+            once in the whole batch, where they stand in another order.
 
     Raises:
         DataError: log-probs that are not finite or above 0, all the same, -ln(vocabulary), or
             different in another batch.
     """
-    prompt_r, response_r = snapshot.lengths()
-    batch = score_batches(prompt_r + response_r, scorer)[0]
     packed = read_packed(snapshot, batch)
     few = packed[:1]
     first, second = (scorer.score(few, batch.length, scorer.ways) for _ in range(2))

@@ -26,10 +26,16 @@ def snapshot(tmp_path):
     return store.freeze()
 
 
+def run_test(scorer, snapshot):
+    """What the score stage does first."""
+    batches = score.score_batches(sum(snapshot.lengths()), scorer)
+    return self_test(scorer, snapshot, batches[0])
+
+
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)])
 def test_a_sound_teacher_passes(snapshot, mesh):
     model, params = tiny(mesh=mesh and make_mesh(mesh))
-    line = self_test(Scorer(model, params, batch_tokens=256), snapshot)
+    line = run_test(Scorer(model, params, batch_tokens=256), snapshot)
     assert "the same twice to the bit" in line
 
 
@@ -37,13 +43,13 @@ def test_a_teacher_that_says_nothing(snapshot):
     model, params = tiny()
     silent = {**params, "final_norm": params["final_norm"] * 0}
     with pytest.raises(DataError, match=r"log-prob -4\.159, minus the logarithm of the vocabulary"):
-        self_test(Scorer(model, silent), snapshot)
+        run_test(Scorer(model, silent), snapshot)
 
 
 def test_a_teacher_that_is_not_finite(snapshot):
     model, params = tiny()
     with pytest.raises(DataError, match=r"log-prob nan at response token 0 of record 'p\d+'/0"):
-        self_test(Scorer(model, {**params, "final_norm": params["final_norm"] * np.nan}), snapshot)
+        run_test(Scorer(model, {**params, "final_norm": params["final_norm"] * np.nan}), snapshot)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def test_a_device_that_computes_something_else_at_times(snapshot, monkeypatch, c
     monkeypatch.setattr(score, "_program", program)
     message = rf"{words}, log-probs differ by 3 on average .* of record 'p\d+'/0 .* cannot be trust"
     with pytest.raises(DataError, match=message):
-        self_test(scorer, snapshot)
+        run_test(scorer, snapshot)
 
 
 def test_a_teacher_that_says_the_same_of_everything(snapshot, monkeypatch):
@@ -79,7 +85,7 @@ def test_a_teacher_that_says_the_same_of_everything(snapshot, monkeypatch):
 
     monkeypatch.setattr(score, "_program", program)
     with pytest.raises(DataError, match=r"every token has log-prob -2\.500; the weights are damag"):
-        self_test(Scorer(model, params), snapshot)
+        run_test(Scorer(model, params), snapshot)
 
 
 def test_records_that_see_each_other_are_found(snapshot, monkeypatch):
@@ -94,4 +100,4 @@ def test_records_that_see_each_other_are_found(snapshot, monkeypatch):
     monkeypatch.setattr(score, "packed_rows", unkept)
     scorer = dataclasses.replace(Scorer(model, params), batch_tokens=256)
     with pytest.raises(DataError, match="scored in another batch, log-probs differ"):
-        self_test(scorer, snapshot)
+        run_test(scorer, snapshot)
