@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,20 +67,19 @@ def _scored(
     scorer: Scorer, snapshot: Snapshot, batches: list[ScoreBatch]
 ) -> Iterator[tuple[ScoreBatch, list[Scores]]]:
     """The batches in their order, some of them begun before the first is awaited."""
-    begun: list[tuple[ScoreBatch, list[list[Record]], Any]] = []
+    begun: deque[tuple[ScoreBatch, list[list[Record]], Any]] = deque()
+
+    def oldest() -> tuple[ScoreBatch, list[Scores]]:
+        batch, packed, out = begun.popleft()
+        return batch, scorer.scores_of(packed, out)
+
     for batch in batches:
         packed = read_packed(snapshot, batch)
         begun.append((batch, packed, scorer.start(packed, batch.length, batch.rows)))
         if len(begun) > AHEAD:
-            yield _awaited(scorer, *begun.pop(0))
-    for item in begun:
-        yield _awaited(scorer, *item)
-
-
-def _awaited(
-    scorer: Scorer, batch: ScoreBatch, packed: list[list[Record]], out: Any
-) -> tuple[ScoreBatch, list[Scores]]:
-    return batch, scorer.scores_of(packed, out)
+            yield oldest()
+    while begun:
+        yield oldest()
 
 
 def read_packed(snapshot: Snapshot, batch: ScoreBatch) -> list[list[Record]]:
