@@ -77,7 +77,7 @@ def test_batches_cover_every_record_once_within_their_shape(tokens, batch_tokens
 
 @pytest.mark.parametrize("longest", [300, 1200, 5000])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
-def test_padding_is_little_whatever_the_lengths(longest, spread):
+def test_padding_is_little_where_records_are_short_against_a_batch(longest, spread):
     model, params = tiny()
     rng = np.random.default_rng(0)
     tokens = np.minimum(np.exp(rng.normal(5.5, spread, 1000)).astype(int) + 8, longest)
