@@ -57,6 +57,8 @@ def _variable(*names: str) -> str | None:
 
 def shared_context() -> ts.Context:
     """One pool per process, and one way to find credentials."""
+    # Given ones are said to be: else TensorStore also looks for files in ~/.aws, and complains that
+    # there are none.
     return _context(_variable("AWS_ACCESS_KEY_ID") is not None)
 
 
@@ -72,7 +74,6 @@ def _context(given: bool) -> ts.Context:
     """
     requests = {"limit": 256}
     retries = {"max_retries": 10}
-    # Without this TensorStore also looks for files in ~/.aws, and complains that there are none.
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 64_000_000},

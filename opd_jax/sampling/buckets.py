@@ -78,10 +78,8 @@ def _fitted(prompts: Sequence[int], rows: Callable[[int], int]) -> list[int]:
     prefills_ee = np.ceil((below_e[1:] - below_e[:-1, None]) / rows_e)
     cost_ee = prefills_ee * (rows_e * edges_e + FIXED_TOKENS)
     cost_ee[np.tril_indices(len(edges_e), -1)] = np.inf
-    costs, cuts = (
-        [cost_ee[0]],
-        [np.zeros(len(edges_e), int)],
-    )  # with 1, 2, ... buckets, up to edge j
+    costs = [cost_ee[0]]  # with 1, 2, ... buckets, up to edge j
+    cuts = [np.zeros(len(edges_e), int)]  # the first edge of the last bucket of those
     for _ in range(min(MOST_BUCKETS, len(edges_e)) - 1):
         before_e = np.concatenate([[np.inf], costs[-1][:-1]])
         total_ee = before_e[:, None] + cost_ee
