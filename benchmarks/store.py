@@ -110,10 +110,11 @@ def read_array_record(path, rounds):
 
 
 def load(root, rounds):
-    """Response tokens per second of training batches: records and scores, padded and collated."""
+    """Response tokens per second of training batches: records and scores, packed."""
+    from opd_jax.config import TrainRun
     from opd_jax.data.records import Scores
     from opd_jax.data.store import open_store
-    from opd_jax.train.sources import offline_source
+    from opd_jax.train.sources import Packing, offline_source
 
     store = open_store(root)
     snapshot = store.open_snapshot(store.files.names("snapshots/")[0])
@@ -124,7 +125,10 @@ def load(root, rounds):
         with scores.writer(snapshot) as writer:
             for index, length in enumerate(lengths.tolist()):
                 writer.append(index, Scores(-rng.exponential(0.5, length).astype(np.float32)))
-    next_batch = offline_source(snapshot, scores, 0, BATCH, 0)(0)
+    run = TrainRun(batch_size=BATCH, steps=rounds + 1)
+    packing = Packing.of(run, int(sum(snapshot.lengths()).max()), 1, 0)
+    source = offline_source(snapshot, scores, range(len(snapshot)), run, packing, 0)
+    next_batch = source.start(0)
     next_batch(0, {})
     start = time.perf_counter()
     tokens = sum(int(next_batch(step, {})["mask_bt"].sum()) for step in range(1, rounds + 1))

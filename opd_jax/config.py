@@ -128,7 +128,7 @@ class LoopConfig(Frozen):
     batch_size: int = Field(default=256, ge=1)
     """Sequences per optimizer step (packed rows for SFT), over all devices."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per forward pass; gradients are accumulated. `None`: the whole batch at once."""
+    """Packed rows per forward pass; gradients are accumulated. `None`: the whole batch at once."""
     save_every: int = Field(default=50, ge=1)
     router_balance: float = Field(default=0.0, ge=0)
     """Coefficient of the loss that spreads tokens evenly over a mixture's experts; 0: none."""
@@ -136,11 +136,6 @@ class LoopConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_itself(self) -> LoopConfig:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide "
-                f"batch_size {self.batch_size}"
-            )
         if self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} is above "
@@ -149,10 +144,22 @@ class LoopConfig(Frozen):
         return self
 
 
+def _whole_micro_batches(loop: LoopConfig) -> None:
+    if loop.micro_batch_size is not None and loop.batch_size % loop.micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size {loop.micro_batch_size} does not divide batch_size {loop.batch_size}"
+        )
+
+
 class SFTConfig(LoopConfig):
     """Supervised fine-tuning on the teacher's answers, in packed rows of `row_tokens`."""
 
     row_tokens: int = Field(default=16384, ge=8)
+
+    @model_validator(mode="after")
+    def _rows_fill_micro_batches(self) -> SFTConfig:
+        _whole_micro_batches(self)
+        return self
 
 
 class ScoreConfig(Frozen):
@@ -177,6 +184,51 @@ class TrainRun(LoopConfig):
     """`topk`: one more bucket for the mass outside the support, instead of renormalising."""
     tau: float = Field(default=10.0, gt=0)
     """The advantage is clipped to [-tau, tau]."""
+    average: Literal["sequence", "token"] = "sequence"
+    """Mean over sequences of their tokens' mean (the paper's), or over all response tokens."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """`lightning_opd`: a step takes the sequences that have so many tokens, not `batch_size`."""
+    row_tokens: int | None = Field(default=None, ge=8)
+    """Length of the packed rows; `None`: as the longest record is."""
+    weight_cap: float | None = Field(default=None, gt=0)
+    """Tokens weigh min(pi_theta / pi_ref, weight_cap): none pushes down what is sampled no more."""
+    position_gamma: float = Field(default=0.0, ge=0)
+    """Tokens before the large advantages of their response weigh up to 1 + position_gamma."""
+    reward_scale: float = Field(default=1.0, gt=0)
+    """`sampled`: how far to go from pi_ref to the teacher; above 1: beyond it."""
+    kl_anchor: float = Field(default=0.0, ge=0)
+    """Coefficient of a pull back to the student after SFT."""
+    steps_per_batch: int = Field(default=1, ge=1)
+    """`opd`: optimizer steps on samples that are drawn at once, `batch_size` of them a step."""
+    ratio_clip: float | None = Field(default=None, gt=0, lt=1)
+    """`opd`, `sampled`: PPO's clipped ratio to the policy that drew the samples."""
+
+    @model_validator(mode="after")
+    def _keys_fit_the_algorithm(self) -> TrainRun:
+        if self.algorithm == "sft":
+            _whole_micro_batches(self)
+        for key, value, off, needs in self._bound_keys():
+            if value != off and getattr(self, needs[0]) != needs[1]:
+                raise ValueError(
+                    f"{key} {value} is for {needs[0]} '{needs[1]}' alone, here it is "
+                    f"'{getattr(self, needs[0])}'; leave it out"
+                )
+        if self.save_every % self.steps_per_batch:
+            raise ValueError(
+                f"save_every {self.save_every} is no multiple of steps_per_batch "
+                f"{self.steps_per_batch}, and only then a state can be resumed; change one"
+            )
+        return self
+
+    def _bound_keys(self) -> list[tuple[str, object, object, tuple[str, str]]]:
+        """(key, value, value that means off, (key it depends on, what that has to be))."""
+        return [
+            ("batch_tokens", self.batch_tokens, None, ("algorithm", "lightning_opd")),
+            ("steps_per_batch", self.steps_per_batch, 1, ("algorithm", "opd")),
+            ("ratio_clip", self.ratio_clip, None, ("algorithm", "opd")),
+            ("ratio_clip", self.ratio_clip, None, ("objective", "sampled")),
+            ("reward_scale", self.reward_scale, 1.0, ("objective", "sampled")),
+        ]
 
 
 class TrainConfig(Frozen):

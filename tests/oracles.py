@@ -28,6 +28,36 @@ def lightning_loss(student, teacher, mask, tau):
     return total / len(student)
 
 
+def opd_loss(student, teacher, sampler, responses, terms, *, per_token=False):
+    """The sampled-token objective with every term, token by token; `responses` are lists of places.
+
+    METHOD: A = clip(l_R + s (l_T - l_R) - l, +-tau) + c clip(l_R - l, +-tau), a number; a token
+    weighs min(w, cap) (1 + gamma (1 - sum abs(A) before / sum abs(A))).
+    """
+    total, count = 0.0, 0
+    for places in responses:
+        adv = []
+        for at in places:
+            target = sampler[at] + terms.reward_scale * (teacher[at] - sampler[at])
+            clipped = max(-terms.tau, min(terms.tau, target - student[at]))
+            pull = max(-terms.tau, min(terms.tau, sampler[at] - student[at]))
+            adv.append(clipped + terms.kl_anchor * pull)
+        whole, before, summed = sum(map(abs, adv)), 0.0, 0.0
+        for at, a in zip(places, adv, strict=True):
+            w = math.exp(student[at] - sampler[at])
+            weight = 1.0 if terms.weight_cap is None else min(w, terms.weight_cap)
+            weight *= 1 + terms.position_gamma * (1 - (before / whole if whole else 0.0))
+            before += abs(a)
+            if terms.ratio_clip is None:
+                summed += -weight * a * student[at]
+            else:
+                bounded = max(1 - terms.ratio_clip, min(1 + terms.ratio_clip, w))
+                summed += -weight * min(w * a, bounded * a)
+        total += summed if per_token else summed / len(places)
+        count += len(places) if per_token else 1
+    return total / count
+
+
 def huber(gap, tau):
     """gap^2 / 2 up to tau, linear beyond."""
     return gap * gap / 2 if abs(gap) <= tau else tau * (abs(gap) - tau / 2)

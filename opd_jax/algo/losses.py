@@ -31,27 +31,128 @@ def sft_loss(logprob_bt: jax.Array, mask_bt: jax.Array) -> Loss:
     return Loss(nll, tokens, {"tokens": tokens, "nll": nll})
 
 
-def advantage(
-    student_bt: jax.Array, teacher_bt: jax.Array, mask_bt: jax.Array, tau: float
-) -> jax.Array:
+class Terms(NamedTuple):
+    """Constants of the sampled-token objective and of what can be added to it. Hashable.
+
+    Attributes:
+        tau: the advantage is clipped to [-tau, tau].
+        reward_scale: 1 is plain distillation; above 1 goes beyond the teacher, away from pi_ref.
+        kl_anchor: coefficient of the pull back to pi_ref.
+        weight_cap: tokens weigh min(pi_theta / pi_ref, cap); `None`: they all weigh 1.
+        position_gamma: how much more tokens weigh before the large advantages of their response.
+        ratio_clip: several steps on one batch: PPO's clipped ratio to the policy that drew it.
+    """
+
+    tau: float = 10.0
+    reward_scale: float = 1.0
+    kl_anchor: float = 0.0
+    weight_cap: float | None = None
+    position_gamma: float = 0.0
+    ratio_clip: float | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probs of the sampled tokens: of the student in training, the teacher, the sampler.
+
+    Only what `mask_bt` marks is read. `segments_bt` tells the responses of a packed row apart; a
+    row without it is one response.
+    """
+
+    student_bt: jax.Array
+    teacher_bt: jax.Array
+    sampler_bt: jax.Array
+    mask_bt: jax.Array
+    segments_bt: jax.Array | None = None
+
+    def clean(self) -> TokenLogprobs:
+        """The same with 0 wherever there is no response token."""
+        kept = (jnp.where(self.mask_bt, x, 0.0) for x in self[:3])
+        return TokenLogprobs(*kept, self.mask_bt, self.segments_bt)
+
+
+def advantage(tokens: TokenLogprobs, terms: Terms) -> jax.Array:
     """clip(log pi_T - log pi_theta, -tau, tau), no gradient, 0 where masked.
 
-    Source: arXiv 2604.13010, the offline advantage with current-weight log-probs.
+    With a reward scale s the teacher's log-prob becomes log pi_ref + s (log pi_T - log pi_ref); an
+    anchor c adds c clip(log pi_ref - log pi_theta, -tau, tau).
+
+    Source: arXiv 2604.13010, the offline advantage with current-weight log-probs; the reward scale
+    is that of arXiv 2602.12125 with pi_ref, the student that drew the responses, as reference.
     """
-    gap = jnp.where(mask_bt, teacher_bt - student_bt, 0.0)
-    return jax.lax.stop_gradient(jnp.clip(gap, -tau, tau))
+    student_bt, teacher_bt, sampler_bt = tokens.clean()[:3]
+    target_bt = teacher_bt
+    if terms.reward_scale != 1.0:
+        target_bt = sampler_bt + terms.reward_scale * (teacher_bt - sampler_bt)
+    adv_bt = jnp.clip(target_bt - student_bt, -terms.tau, terms.tau)
+    if terms.kl_anchor:
+        pull_bt = jnp.clip(sampler_bt - student_bt, -terms.tau, terms.tau)
+        adv_bt = adv_bt + terms.kl_anchor * pull_bt
+    return jax.lax.stop_gradient(adv_bt)
 
 
-def sampled_opd(
-    student_bt: jax.Array, teacher_bt: jax.Array, weight_bt: jax.Array, tau: float
+def anchor_loss(tokens: TokenLogprobs, weight_bt: jax.Array, terms: Terms) -> jax.Array:
+    """The anchor's part of the sampled-token objective, for objectives that are none.
+
+    Its gradient is that of kl_anchor * weight * (log pi_theta - log pi_ref)^2 / 2.
+    """
+    student_bt, _, sampler_bt = tokens.clean()[:3]
+    pull_bt = jax.lax.stop_gradient(jnp.clip(sampler_bt - student_bt, -terms.tau, terms.tau))
+    return -terms.kl_anchor * jnp.sum(weight_bt * pull_bt * student_bt)
+
+
+def token_weights(
+    tokens: TokenLogprobs, weight_bt: jax.Array, adv_bt: jax.Array, terms: Terms
 ) -> jax.Array:
+    """`weight_bt` times the truncated token weight and the position's weight; no gradient.
+
+    A position weighs 1 + gamma (1 - sum of abs(A) before it / sum of abs(A) of its response).
+    Source: arXiv 2606.22600 (position weighting).
+    """
+    if terms.weight_cap is not None:
+        student_bt, _, sampler_bt = tokens.clean()[:3]
+        weight_bt = weight_bt * jnp.minimum(jnp.exp(student_bt - sampler_bt), terms.weight_cap)
+    if terms.position_gamma:
+        before_bt, total_bt = _running_sums(jnp.abs(adv_bt), tokens.segments_bt)
+        share_bt = before_bt / jnp.maximum(total_bt, 1e-30)
+        weight_bt = weight_bt * (1.0 + terms.position_gamma * (1.0 - share_bt))
+    return jax.lax.stop_gradient(weight_bt)
+
+
+def _running_sums(x_bt: jax.Array, segments_bt: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Sum of `x_bt` before each token, and over all tokens, of the segment it belongs to."""
+    through_bt = jnp.cumsum(x_bt, axis=1)
+    before_bt = through_bt - x_bt
+    if segments_bt is None:
+        return before_bt, jnp.broadcast_to(through_bt[:, -1:], x_bt.shape)
+    column_bt = jnp.broadcast_to(jnp.arange(x_bt.shape[1]), x_bt.shape)
+    change_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
+    edge_b1 = jnp.ones((len(x_bt), 1), bool)
+    first_bt = jnp.concatenate([edge_b1, change_bt], axis=1)
+    last_bt = jnp.concatenate([change_bt, edge_b1], axis=1)
+    start_bt = jax.lax.cummax(jnp.where(first_bt, column_bt, 0), axis=1)
+    end = jnp.where(last_bt, column_bt, x_bt.shape[1] - 1)
+    end_bt = jax.lax.cummin(end, axis=1, reverse=True)
+    base_bt = jnp.take_along_axis(before_bt, start_bt, axis=1)
+    return before_bt - base_bt, jnp.take_along_axis(through_bt, end_bt, axis=1) - base_bt
+
+
+def sampled_opd(tokens: TokenLogprobs, weight_bt: jax.Array, terms: Terms) -> jax.Array:
     """Sum over tokens of -weight * A * log pi_theta: the sampled-token objective.
 
     Its gradient is that of weight * (log pi_theta - log pi_T)^2 / 2, Huber's form once clipped.
+    With a ratio clip, log pi_theta gives way to r = pi_theta / pi_sampler, and a token that has
+    moved by more than the clip in the direction of its advantage has no gradient.
+
+    Args:
+        weight_bt: final weights, 0 where masked (`token_weights`).
     """
-    mask_bt = weight_bt > 0
-    adv_bt = advantage(student_bt, teacher_bt, mask_bt, tau)
-    return -jnp.sum(weight_bt * adv_bt * jnp.where(mask_bt, student_bt, 0.0))
+    adv_bt = advantage(tokens, terms)
+    student_bt, _, sampler_bt = tokens.clean()[:3]
+    if terms.ratio_clip is None:
+        return -jnp.sum(weight_bt * adv_bt * student_bt)
+    r_bt = jnp.exp(student_bt - sampler_bt)
+    bounded_bt = jnp.clip(r_bt, 1.0 - terms.ratio_clip, 1.0 + terms.ratio_clip)
+    return -jnp.sum(weight_bt * jnp.minimum(r_bt * adv_bt, bounded_bt * adv_bt))
 
 
 def topk_reverse_kl(
@@ -86,32 +187,25 @@ def _tail_term(student_bts: jax.Array, teacher_bts: jax.Array) -> jax.Array:
     return jnp.where(some, safe_q * jnp.log(safe_q / p), 0.0)
 
 
-def diagnostics(
-    student_bt: jax.Array,
-    teacher_bt: jax.Array,
-    sampler_bt: jax.Array,
-    mask_bt: jax.Array,
-    tau: float,
-) -> Sums:
-    """Sums over response tokens from which `averages` makes the logged figures.
-
-    Args:
-        student_bt: log pi_theta of the sampled tokens.
-        teacher_bt: log pi_T.
-        sampler_bt: log pi_ref, of the model that drew them.
-    """
-    adv_bt = advantage(student_bt, teacher_bt, mask_bt, tau)
-    gap_bt = jnp.where(mask_bt, teacher_bt - student_bt, 0.0)
-    w_bt = jnp.where(mask_bt, jnp.exp(jnp.where(mask_bt, student_bt - sampler_bt, 0.0)), 0.0)
+def diagnostics(tokens: TokenLogprobs, terms: Terms) -> Sums:
+    """Sums over response tokens from which `averages` makes the logged figures."""
+    student_bt, teacher_bt, sampler_bt = tokens.clean()[:3]
+    gap_bt = teacher_bt - student_bt
+    adv_bt = jnp.clip(gap_bt, -terms.tau, terms.tau)
+    w_bt = jnp.where(tokens.mask_bt, jnp.exp(student_bt - sampler_bt), 0.0)
     parts = {
-        "tokens": mask_bt,
+        "tokens": tokens.mask_bt,
         "half_squared_advantage": 0.5 * adv_bt**2,
         "reverse_kl_estimate": -gap_bt,
+        "abs_advantage": jnp.abs(adv_bt),
         "large_advantage": jnp.abs(adv_bt) > 1,
-        "clipped": jnp.abs(gap_bt) > tau,
+        "clipped": jnp.abs(gap_bt) > terms.tau,
         "w": w_bt,
         "w_squared": w_bt**2,
     }
+    if terms.ratio_clip is not None:
+        moved_bt = jnp.abs(w_bt - 1.0) > terms.ratio_clip
+        parts["ratio_clipped"] = tokens.mask_bt & moved_bt
     sums = {name: jnp.sum(x, dtype=jnp.float32) for name, x in parts.items()}
     return jax.tree.map(jax.lax.stop_gradient, sums)
 

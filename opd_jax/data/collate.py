@@ -1,4 +1,4 @@
-"""From records to the arrays of a train step: shifted, padded or packed.
+"""From records to the arrays of a train step: shifted and packed, several records a row.
 
 How a record becomes a row (`p` = 3, response `20 21 1`):
 
@@ -12,67 +12,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from opd_jax.data.records import Record, Scores
 
 Batch = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 def bucket_length(longest: int, multiple: int = 16) -> int:
     """The smallest multiple that holds `longest`: few shapes, few compilations."""
     return -(-longest // multiple) * multiple
-
-
-def padded_rows(records: Sequence[Record], length: int) -> Batch:
-    """One record a row, right-padded: `input_bt`, `target_bt`, `positions_bt`, `mask_bt`.
-
-    Args:
-        length: columns; at least the longest record's tokens - 1.
-    """
-    b = len(records)
-    batch = {name: np.zeros((b, length), np.int32) for name in ("input_bt", "target_bt")}
-    batch["positions_bt"] = np.tile(np.arange(length, dtype=np.int32), (b, 1))
-    batch["mask_bt"] = np.zeros((b, length), bool)
-    for row, record in enumerate(records):
-        tokens = np.concatenate([record.prompt_ids, record.response_ids])
-        batch["input_bt"][row, : len(tokens) - 1] = tokens[:-1]
-        batch["target_bt"][row, : len(tokens) - 1] = tokens[1:]
-        batch["mask_bt"][row, _response(record)] = True
-    return batch
-
-
-def _response(record: Record) -> slice:
-    """The columns whose target is a response token."""
-    start = len(record.prompt_ids) - 1
-    return slice(start, start + len(record.response_ids))
-
-
-def opd_batch(
-    records: Sequence[Record], scores: Sequence[Scores], length: int, support: int = 0
-) -> Batch:
-    """Padded rows with the stored log-probs and the per-sequence weights of the OPD objective.
-
-    Adds `weight_bt` (1 / response length on the response), `sampler_bt` and `teacher_bt`, and with
-    `support` > 0 also `support_ids_bts` and `support_logprob_bts`.
-    """
-    batch = padded_rows(records, length)
-    b = len(records)
-    for name in ("weight_bt", "sampler_bt", "teacher_bt"):
-        batch[name] = np.zeros((b, length), np.float32)
-    if support:
-        batch["support_ids_bts"] = np.zeros((b, length, support), np.int32)
-        batch["support_logprob_bts"] = np.zeros((b, length, support), np.float32)
-    for row, (record, score) in enumerate(zip(records, scores, strict=True)):
-        columns = _response(record)
-        batch["weight_bt"][row, columns] = 1.0 / len(record.response_ids)
-        batch["sampler_bt"][row, columns] = record.student_logprob
-        batch["teacher_bt"][row, columns] = score.logprob
-        if support and score.topk_ids is not None and score.topk_logprob is not None:
-            batch["support_ids_bts"][row, columns] = score.topk_ids[:, :support]
-            batch["support_logprob_bts"][row, columns] = score.topk_logprob[:, :support]
-    return batch
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -124,7 +76,10 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def packed_rows(rows: Sequence[Sequence[Record]], row_tokens: int) -> Batch:
-    """Several records a row, kept apart by `segments_bt` (0: padding). Too long ones are cut."""
+    """Several records a row: `input_bt`, `target_bt`, `positions_bt`, `segments_bt`, `mask_bt`.
+
+    Segments count from 1 in each row, 0 is padding. What is too long for a row is cut.
+    """
     b = len(rows)
     names = ("input_bt", "target_bt", "positions_bt", "segments_bt")
     batch = {name: np.zeros((b, row_tokens), np.int32) for name in names}
@@ -147,3 +102,55 @@ def _place(batch: Batch, row: int, start: int, segment: int, record: Record) -> 
     batch["segments_bt"][row, columns] = segment
     batch["mask_bt"][row, columns] = np.arange(count) >= len(record.prompt_ids) - 1
     return count
+
+
+class Scored(NamedTuple):
+    """A response and what the teacher says of it."""
+
+    record: Record
+    scores: Scores
+
+
+def opd_batch(
+    rows: Sequence[Sequence[Scored]], row_tokens: int, support: int = 0, *, per_token: bool = False
+) -> Batch:
+    """Packed rows with the stored log-probs and the weights of the OPD objective.
+
+    Adds `weight_bt`, `sampler_bt` and `teacher_bt`, and with `support` > 0 also `support_ids_bts`
+    and `support_logprob_bts`. All records must fit their rows.
+
+    Args:
+        per_token: every response token weighs 1, not 1 / response length.
+    """
+    batch = packed_rows([[scored.record for scored in row] for row in rows], row_tokens)
+    shape = batch["mask_bt"].shape
+    for name in ("weight_bt", "sampler_bt", "teacher_bt"):
+        batch[name] = np.zeros(shape, np.float32)
+    if support:
+        batch["support_ids_bts"] = np.zeros((*shape, support), np.int32)
+        batch["support_logprob_bts"] = np.zeros((*shape, support), np.float32)
+    for number, row in enumerate(rows):
+        start = 0
+        for record, scores in row:
+            first = start + len(record.prompt_ids) - 1
+            start = first + len(record.response_ids)
+            at = number, slice(first, start)
+            batch["weight_bt"][at] = 1.0 if per_token else 1.0 / len(record.response_ids)
+            batch["sampler_bt"][at] = record.student_logprob
+            batch["teacher_bt"][at] = scores.logprob
+            if support and scores.topk_ids is not None and scores.topk_logprob is not None:
+                batch["support_ids_bts"][at] = scores.topk_ids[:, :support]
+                batch["support_logprob_bts"][at] = scores.topk_logprob[:, :support]
+    return batch
+
+
+def spread_rows(rows: Sequence[Sequence[T]], pieces: int, micro_rows: int) -> list[list[T]]:
+    """`pieces` x `micro_rows` rows, in the order from which a step cuts its micro-batches.
+
+    A step takes rows i, i + pieces, i + 2 pieces, ... as micro-batch i. The first micro-batches are
+    filled first; rows that are left over stay empty.
+    """
+    arranged: list[list[T]] = [[] for _ in range(pieces * micro_rows)]
+    for number, row in enumerate(rows):
+        arranged[number % micro_rows * pieces + number // micro_rows] = list(row)
+    return arranged

@@ -1,9 +1,9 @@
 """Training batches through Grain, ordered by (number of records, seed, batch, step) alone.
 
     epoch      = a permutation of all records, cut to whole global batches; a new one each epoch
-    step s     = G consecutive entries of it; process p of P takes entries p, p + P, p + 2P, …
+    step s     = the next G entries of it, or the next entries that fit a number of tokens
 
-so a run can go on with another number of processes, and no process ends before the others.
+so a run can go on with another number of processes, and none ends before the others.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TypeVar
 import grain
 
 from opd_jax.core.rng import stable_hash
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import DataError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -36,33 +37,58 @@ def step_order(num_records: int, global_batch: int, seed: int) -> grain.MapDatas
     return records[: num_records // global_batch * global_batch]
 
 
-def batches(
-    read_many: Callable[[Sequence[int]], T],
-    num_records: int,
-    global_batch: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[T]:
-    """Endless batches from `start_step` on: this process's share, read ahead by two threads.
-
-    Args:
-        read_many: turns record indices into a batch; called from several threads.
+def sequence_steps(num_records: int, global_batch: int, seed: int, steps: int) -> list[list[int]]:
+    """Which records each step takes: `global_batch` of them.
 
     Raises:
-        DataError: too few records for a batch.
-        ConfigError: a batch that the processes cannot share evenly.
+        DataError: there are fewer records than one batch takes.
     """
-    if global_batch % process_count:
-        raise ConfigError(
-            f"batch_size {global_batch} is not divisible by {process_count} processes;"
-            f" use a multiple of {process_count}"
-        )
     order = step_order(num_records, global_batch, seed)
-    share = order[process_index::process_count].repeat(None)
-    steps = share.batch(global_batch // process_count, drop_remainder=True)[start_step:]
-    # Grain does not push batching down to a source, so the source is a map over batches of indices.
-    read = steps.map(lambda indices: read_many(indices.tolist()))
+    flat = [_record(order, i) for i in range(steps * global_batch)]
+    return [flat[i : i + global_batch] for i in range(0, len(flat), global_batch)]
+
+
+def token_steps(
+    tokens_r: Sequence[int], batch_tokens: int, seed: int, steps: int
+) -> list[list[int]]:
+    """Which records each step takes: as many as have at most `batch_tokens` tokens together.
+
+    Raises:
+        DataError: a record has more tokens than that.
+    """
+    longest = int(max(tokens_r))
+    if longest > batch_tokens:
+        raise DataError(
+            f"batch_tokens={batch_tokens} is less than the {longest} tokens of the longest record; "
+            "raise it"
+        )
+    order = step_order(len(tokens_r), 1, seed)
+    taken: list[list[int]] = []
+    at = 0
+    for _ in range(steps):
+        step: list[int] = []
+        room = batch_tokens
+        while tokens_r[record := _record(order, at)] <= room and len(step) < len(tokens_r):
+            step.append(record)
+            room -= int(tokens_r[record])
+            at += 1
+        taken.append(step)
+    return taken
+
+
+def _record(order: grain.MapDataset[int], at: int) -> int:
+    found = order[at]
+    assert found is not None  # no filter leaves one out
+    return found
+
+
+def batches(read: Callable[[S], T], steps: Sequence[S], start_step: int = 0) -> Iterator[T]:
+    """The batches of `steps` from `start_step` on, read ahead by two threads.
+
+    Args:
+        read: turns what a step takes into a batch; called from several threads.
+    """
+    # Grain does not push batching down to a source, so the source is a map over steps.
+    dataset = grain.MapDataset.source(steps)[start_step:].map(read)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(read.to_iter_dataset(options))
+    return iter(dataset.to_iter_dataset(options))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from opd_jax.config import Config, EvaluateConfig, LoopConfig, SamplingConfig
+from opd_jax.config import Config, EvaluateConfig, LoopConfig, SamplingConfig, TrainRun
 from opd_jax.config_load import dump_config
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
@@ -135,11 +135,17 @@ def _make_folder(run_dir: Path) -> None:
 
 
 def _check_batches(config: Config, ways: int) -> None:
-    """Every forward pass of training must be divisible over the devices."""
-    loops = {"sft": config.sft}
+    """Every forward pass of training must be divisible over the devices.
+
+    Without `micro_batch_size`, OPD rounds its packed rows up; SFT has `batch_size` of them.
+    """
+    loops: dict[str, LoopConfig] = {"sft": config.sft}
     loops |= {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
     for key, loop in loops.items():
         field = "batch_size" if loop.micro_batch_size is None else "micro_batch_size"
+        opd = isinstance(loop, TrainRun) and loop.algorithm != "sft"
+        if opd and field == "batch_size":
+            continue
         rows = getattr(loop, field)
         if rows % ways:
             raise ConfigError(

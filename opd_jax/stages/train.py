@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from opd_jax.algo.losses import Terms
 from opd_jax.config import TrainRun
 from opd_jax.core.lineage import Identity
+from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
 from opd_jax.data.store import Store, open_store
 from opd_jax.data.store_pass import TeacherPass
@@ -22,7 +24,13 @@ from opd_jax.teacher.consistency import (
 )
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.loop import Source
-from opd_jax.train.sources import LiveTeacher, offline_source, online_source, support_size
+from opd_jax.train.sources import (
+    LiveTeacher,
+    Packing,
+    offline_source,
+    online_source,
+    support_size,
+)
 from opd_jax.train.step import Objective
 
 
@@ -70,7 +78,7 @@ def run(ctx: RunContext, name: str) -> Outcome:
     makers = {"lightning_opd": _offline, "opd": _online, "sft": _control}
     prepared = makers[config.algorithm](ctx, name, config)
     kind = "sft" if config.algorithm == "sft" else config.objective
-    objective = Objective(kind, config.tau, config.tail, config.router_balance)
+    objective = Objective(kind, _terms(config), config.tail, config.router_balance)
     lineage = {
         "student": ctx.lineage("sft"),
         "algorithm": config.algorithm,
@@ -83,6 +91,17 @@ def run(ctx: RunContext, name: str) -> Outcome:
     return Outcome({"model": identity.to_json(), **prepared.lineage}, counts)
 
 
+def _terms(config: TrainRun) -> Terms:
+    return Terms(
+        config.tau,
+        config.reward_scale,
+        config.kl_anchor,
+        config.weight_cap,
+        config.position_gamma,
+        config.ratio_clip,
+    )
+
+
 def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     stage = f"train.{name}"
     store = open_store(ctx.store_root("rollouts"))
@@ -92,7 +111,10 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     support = 0
     if config.objective == "topk":
         support = support_size(scores.meta["top_k"], config.support)
-    source = offline_source(snapshot, scores, support, config.batch_size, ctx.seed("train"))
+    members = range(len(snapshot))
+    longest = int(sum(snapshot.lengths()).max())
+    packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
+    source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
     return Prepared(source, {**lineage, "rollouts": snapshot.hash})
 
 
@@ -138,7 +160,9 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
         seed=ctx.seed("train"),
         text=ctx.tokenizer("student").decode if ctx.config.rollout.stop else None,
     )
-    source = online_source(teacher, support, config)
+    longest = max(len(ids) for _, ids in teacher.prompts) + ctx.config.rollout.max_new_tokens
+    packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
+    source = online_source(teacher, config, packing)
     return Prepared(source, lineage)
 
 

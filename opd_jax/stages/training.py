@@ -80,4 +80,4 @@ def answer_source(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: str
     """Packed rows of the teacher's answers."""
     snapshot = answers(ctx, needed_by)
     rows = ctx.config.sft.row_tokens
-    return sft_source(snapshot, range(len(snapshot)), rows, loop.batch_size, ctx.seed(stream))
+    return sft_source(snapshot, range(len(snapshot)), rows, loop, ctx.seed(stream))

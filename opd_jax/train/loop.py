@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,21 @@ from opd_jax.train.optimizer import learning_rate, make_optimizer
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
 
 NextBatch = Callable[[int, Params], Any]
-Source = Callable[[int], NextBatch]
-"""From the step to start at to a function `(step, params) -> host batch`."""
+"""(step, current parameters) -> host batch."""
+
+
+class Source(NamedTuple):
+    """Where batches come from: what step s gets does not depend on where a run started.
+
+    Attributes:
+        start: from the step to start at to the batches from there on.
+        pieces: into how many micro-batches a step cuts each.
+    """
+
+    start: Callable[[int], NextBatch]
+    pieces: int = 1
+
+
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -43,7 +56,6 @@ def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tup
 
     Args:
         params: where a fresh run starts; left untouched.
-        source: the batches; what step s gets does not depend on where the run started.
         log: called with a step and its metrics after the next step is on its way.
 
     Returns:
@@ -54,11 +66,10 @@ def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tup
             a checkpoint is damaged.
     """
     optimizer = make_optimizer(job.model, job.loop)
-    pieces = job.loop.batch_size // (job.loop.micro_batch_size or job.loop.batch_size)
-    step_fn = make_train_step(job.model, job.objective, optimizer, pieces)
+    step_fn = make_train_step(job.model, job.objective, optimizer, source.pieces)
     state, tokens = _resume(job, optimizer, params)
     start = int(state.step)
-    next_batch = source(start)
+    next_batch = source.start(start)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     for step in range(start, job.loop.steps):
         batch = next_batch(step, state.params)

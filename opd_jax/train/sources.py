@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from opd_jax.config import LoopConfig, SamplingConfig
+from opd_jax.config import LoopConfig, SamplingConfig, TrainRun
 from opd_jax.core.rng import stable_hash
-from opd_jax.data.collate import Batch, bucket_length, opd_batch, pack, packed_rows
-from opd_jax.data.loader import batches, step_order
+from opd_jax.data.collate import (
+    Batch,
+    Scored,
+    best_fit,
+    bucket_length,
+    opd_batch,
+    pack,
+    packed_rows,
+    spread_rows,
+)
+from opd_jax.data.loader import batches, sequence_steps, step_order, token_steps
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import ConfigError
@@ -22,16 +32,18 @@ from opd_jax.sampling.stops import Text
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.loop import NextBatch, Source
 
+S = TypeVar("S")
+
 
 def sft_source(
-    snapshot: Snapshot, members: Sequence[int], row_tokens: int, batch_rows: int, seed: int
+    snapshot: Snapshot, members: Sequence[int], row_tokens: int, loop: LoopConfig, seed: int
 ) -> Source:
     """Packed rows of answers.
 
     Args:
         members: which records of the snapshot to train on.
-        batch_rows: rows per step.
     """
+    batch_rows = loop.batch_size
     prompt_r, response_r = snapshot.lengths()
     longest = int((prompt_r + response_r).max()) - 1
     if longest > row_tokens:
@@ -47,38 +59,104 @@ def sft_source(
             f"{len(rows)} rows that {len(order)} answers fill; lower one of the two"
         )
 
+    steps = sequence_steps(len(rows), batch_rows, seed, loop.steps)
+
     def read(indices: Sequence[int]) -> Batch:
         chosen = [order[rows[i]].tolist() for i in indices]
         records = iter(snapshot.read_many([r for row in chosen for r in row]))
         return packed_rows([[next(records) for _ in row] for row in chosen], row_tokens)
 
+    return _stored(read, steps, batch_rows // (loop.micro_batch_size or batch_rows))
+
+
+def _stored(read: Callable[[S], Batch], steps: Sequence[S], pieces: int) -> Source:
+    """Batches that are read from a store: they do not depend on the student."""
+
     def start(step: int) -> NextBatch:
-        stream = batches(read, len(rows), batch_rows, seed, step)
+        stream = batches(read, steps, step)
         return lambda _step, _params: next(stream)
 
-    return start
+    return Source(start, pieces)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How scored responses are laid into the rows of a step.
+
+    Attributes:
+        row_tokens: at least the longest record's tokens - 1.
+        micro_rows: rows of a micro-batch; `None`: one micro-batch, with as many as are needed.
+        ways: into how many parts the mesh cuts rows.
+        support: how many of the teacher's stored top-k to take; 0: none.
+    """
+
+    row_tokens: int
+    micro_rows: int | None = None
+    ways: int = 1
+    support: int = 0
+    per_token: bool = False
+
+    @staticmethod
+    def of(run: TrainRun, longest: int, ways: int, support: int) -> Packing:
+        """The packing of a run whose longest record has `longest` tokens.
+
+        Raises:
+            ConfigError: its rows are too short.
+        """
+        row_tokens = run.row_tokens or bucket_length(longest - 1)
+        if row_tokens < longest - 1:
+            raise ConfigError(
+                f"row_tokens={row_tokens} is too short for the longest response, {longest} tokens "
+                "with its prompt; raise it, or leave it out"
+            )
+        per_token = run.average == "token"
+        return Packing(row_tokens, run.micro_batch_size, ways, support, per_token)
+
+    def shape(self, rows: int) -> tuple[int, int]:
+        """Micro-batches and rows of each for a step of at most `rows` packed rows."""
+        if self.micro_rows is None:
+            return 1, -(-rows // self.ways) * self.ways
+        return -(-rows // self.micro_rows), self.micro_rows
+
+    def batch(
+        self, rows: Sequence[Sequence[int]], scored: Sequence[Scored], shape: tuple[int, int]
+    ) -> Batch:
+        """A step's arrays, `rows` being the places in `scored` of what each row holds."""
+        filled = [[scored[place] for place in row] for row in rows]
+        arranged = spread_rows(filled, *shape)
+        return opd_batch(arranged, self.row_tokens, self.support, per_token=self.per_token)
 
 
 def offline_source(
-    snapshot: Snapshot, scores: TeacherPass, support: int, batch_size: int, seed: int
+    snapshot: Snapshot,
+    scores: TeacherPass,
+    members: Sequence[int],
+    run: TrainRun,
+    packing: Packing,
+    seed: int,
 ) -> Source:
     """Stored rollouts with their stored scores: the offline method's only input.
 
     Args:
-        support: how many of the stored top-k to read; 0: none.
+        members: which records of the snapshot to train on.
     """
+    chosen = np.asarray(members)
     prompt_r, response_r = snapshot.lengths()
-    length = bucket_length(int((prompt_r + response_r).max()) - 1)
+    tokens_r = (prompt_r + response_r)[chosen]
+    if run.batch_tokens is None:
+        steps = sequence_steps(len(chosen), run.batch_size, seed, run.steps)
+    else:
+        steps = token_steps(tokens_r.tolist(), run.batch_tokens, seed, run.steps)
+    packed = [best_fit((tokens_r[step] - 1).tolist(), packing.row_tokens) for step in steps]
+    shape = packing.shape(max(len(rows) for rows in packed))
 
-    def read(indices: Sequence[int]) -> Batch:
+    def read(step: int) -> Batch:
+        indices = chosen[steps[step]].tolist()
         records = snapshot.read_many(indices)
-        return opd_batch(records, scores.read_many(snapshot, indices), length, support)
+        found = scores.read_many(snapshot, indices)
+        return packing.batch(packed[step], [*map(Scored, records, found)], shape)
 
-    def start(step: int) -> NextBatch:
-        stream = batches(read, len(prompt_r), batch_size, seed, step)
-        return lambda _step, _params: next(stream)
-
-    return start
+    return _stored(read, range(len(steps)), shape[0])
 
 
 @dataclass(frozen=True)
@@ -94,28 +172,29 @@ class LiveTeacher:
     text: Text | None
 
 
-def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
+def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
     """Fresh samples of the current student, scored by the teacher as they come.
 
     Prompts come in the order in which `offline_source` would give their samples; where the samples
-    come from is the only difference between the two.
+    come from is the only difference between the two. With `steps_per_batch` K, the samples of K
+    steps are drawn at once: their order is the same.
     """
     samples_each = live.sampling.samples_per_prompt
-    order = step_order(len(live.prompts) * samples_each, loop.batch_size, live.seed)
-    longest = max(len(ids) for _, ids in live.prompts) + live.sampling.max_new_tokens
-    length = bucket_length(longest - 1)
-    slots = min(live.sampling.slots, 1 << (loop.batch_size - 1).bit_length())
+    order = step_order(len(live.prompts) * samples_each, run.batch_size, live.seed)
+    size = run.batch_size * run.steps_per_batch
+    slots = min(live.sampling.slots, 1 << (size - 1).bit_length())
     sampling = live.sampling.model_copy(update={"slots": slots})
     everything = requests_for(live.prompts, samples_each)
     plan: Plan | None = None
+    drawn: dict[int, list[Scored]] = {}
 
-    def next_batch(step: int, params: Params) -> Batch:
-        first = step * loop.batch_size
-        picked = [order[first + i] for i in range(loop.batch_size)]
+    def draw(step: int, params: Params) -> dict[int, list[Scored]]:
+        places = [order[step * run.batch_size + i] for i in range(size)]
         requests = []
-        for place in (place for place in picked if place is not None):
+        for number, place in enumerate(place for place in places if place is not None):
             name, ids = live.prompts[place // samples_each]
-            index = step * samples_each + place % samples_each  # new at every step
+            at = step + number // run.batch_size
+            index = at * samples_each + place % samples_each  # new at every step
             requests.append(Request(name, index, np.asarray(ids, np.int32)))
         job = SamplingJob(live.model, params, sampling, live.end_ids, live.seed, live.text)
         nonlocal plan  # one for all steps, whichever prompts they have: nothing compiles again
@@ -123,9 +202,23 @@ def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
         samples = generate(job, requests, plan)
         done = {(s.request.prompt_id, s.request.sample_index): to_record(s) for s in samples}
         records = [done[request.prompt_id, request.sample_index] for request in requests]
-        return opd_batch(records, live.scorer.score_all(records, length), length, support)
+        scores = live.scorer.score_all(records, packing.row_tokens)
+        scored = [*map(Scored, records, scores)]
+        cut = range(0, size, run.batch_size)
+        return {step + i: scored[at : at + run.batch_size] for i, at in enumerate(cut)}
 
-    return lambda _start: next_batch
+    def next_batch(step: int, params: Params) -> Batch:
+        if step not in drawn:
+            drawn.clear()
+            drawn.update(draw(step, params))
+        scored = drawn.pop(step)
+        tokens = [len(s.record.prompt_ids) + len(s.record.response_ids) - 1 for s in scored]
+        rows = best_fit(tokens, packing.row_tokens)
+        few = -(-run.batch_size // 4)  # rows are rounded up to that: at most four programs
+        most = run.batch_size if packing.micro_rows else -(-len(rows) // few) * few
+        return packing.batch(rows, scored, packing.shape(most))
+
+    return Source(lambda _start: next_batch, packing.shape(run.batch_size)[0])
 
 
 def support_size(stored: int, wanted: int | None) -> int:

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax.algo.logprobs import chosen_logprobs
-from opd_jax.algo.losses import Loss, diagnostics, sampled_opd, sft_loss, topk_reverse_kl
+from opd_jax.algo.losses import (
+    Loss,
+    Terms,
+    TokenLogprobs,
+    advantage,
+    anchor_loss,
+    diagnostics,
+    sampled_opd,
+    sft_loss,
+    token_weights,
+    topk_reverse_kl,
+)
 from opd_jax.core.mesh import batch_sharding, replicated
 from opd_jax.errors import ConfigError
 from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
@@ -29,7 +40,7 @@ class Objective(NamedTuple):
     """Which loss, with its constants. Hashable."""
 
     kind: Literal["sft", "sampled", "topk"]
-    tau: float = 10.0
+    terms: Terms = Terms()
     tail: bool = False
     router_balance: float = 0.0
 
@@ -90,22 +101,31 @@ def _token_loss(
     student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
     if objective.kind == "sft":
         return sft_loss(student_bt, mask_bt)
-    teacher_bt, weight_bt = batch["teacher_bt"], batch["weight_bt"]
-    sums = diagnostics(student_bt, teacher_bt, batch["sampler_bt"], mask_bt, objective.tau)
+    terms, weight_bt = objective.terms, batch["weight_bt"]
+    given = (batch["teacher_bt"], batch["sampler_bt"], mask_bt, batch.get("segments_bt"))
+    tokens = TokenLogprobs(student_bt, *given)
+    sums = diagnostics(tokens, terms)
     sums["entropy"] = jnp.sum(jnp.where(mask_bt, chosen.entropy_bt, 0.0))
-    sequences = jnp.sum(weight_bt)  # each sequence's weights add up to 1
+    divisor = jnp.sum(weight_bt)  # each sequence's weights add up to 1, or each token's is 1
+    weight_bt = token_weights(tokens, weight_bt, advantage(tokens, terms), terms)
     if objective.kind == "sampled":
-        return Loss(sampled_opd(student_bt, teacher_bt, weight_bt, objective.tau), sequences, sums)
+        return Loss(sampled_opd(tokens, weight_bt, terms), divisor, sums)
     support_bts = chosen.logprob_bts[..., 1:]
     kl_bt = topk_reverse_kl(support_bts, batch["support_logprob_bts"], mask_bt, tail=objective.tail)
     sums["topk_kl"] = jax.lax.stop_gradient(jnp.sum(kl_bt))
-    return Loss(jnp.sum(weight_bt * kl_bt), sequences, sums)
+    total = jnp.sum(weight_bt * kl_bt)
+    if terms.kl_anchor:
+        total = total + anchor_loss(tokens, weight_bt, terms)
+    return Loss(total, divisor, sums)
 
 
 def gradients(
     model: LanguageModel, objective: Objective, params: Params, batch: Batch, pieces: int
 ) -> tuple[Params, Loss]:
-    """Gradient of the loss's total, added up over `pieces` micro-batches (not yet divided)."""
+    """Gradient of the loss's total, added up over `pieces` micro-batches (not yet divided).
+
+    Micro-batches without a target come last (`data.collate.spread_rows`) and are not computed.
+    """
 
     def total(params: Params, piece: Batch) -> tuple[jax.Array, Loss]:
         loss = batch_loss(model, objective, params, piece)
@@ -115,13 +135,16 @@ def gradients(
     if pieces == 1:
         return grad_fn(params, batch)
 
-    def body(carry: tuple[Params, Loss], piece: Batch) -> tuple[tuple[Params, Loss], None]:
-        return jax.tree.map(jnp.add, carry, grad_fn(params, piece)), None
-
     cut = jax.tree.map(lambda x: _interleave(x, pieces), batch)
+    used = jnp.sum(jnp.any(cut["mask_bt"], axis=(1, 2)), dtype=jnp.int32)
+
+    def body(number: jax.Array, carry: tuple[Params, Loss]) -> tuple[Params, Loss]:
+        piece = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, False), cut)
+        return jax.tree.map(jnp.add, carry, grad_fn(params, piece))
+
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], cut))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(body, zero, cut)[0]
+    return jax.lax.fori_loop(0, used, body, zero)
 
 
 def _interleave(x: jax.Array, pieces: int) -> jax.Array:

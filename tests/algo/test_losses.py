@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_jax.algo.losses import averages, diagnostics, sampled_opd, sft_loss, topk_reverse_kl
+from opd_jax.algo.losses import (
+    Terms,
+    TokenLogprobs,
+    advantage,
+    anchor_loss,
+    averages,
+    diagnostics,
+    sampled_opd,
+    sft_loss,
+    token_weights,
+    topk_reverse_kl,
+)
 
 SEEDS = st.integers(0, 100_000)
 
@@ -28,11 +39,17 @@ def support(seed, k=4, v=9):
     return student.astype(np.float32), teacher.astype(np.float32)
 
 
+def plain(student, teacher, weight, tau):
+    """The paper's objective from a student, a teacher and weights alone."""
+    mask = weight > 0
+    return sampled_opd(TokenLogprobs(student, teacher, student, mask), weight, Terms(tau))
+
+
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, st.sampled_from([0.5, 2.0, 10.0]))
 def test_sampled_loss_equals_the_oracle(seed, tau):
     student, teacher, mask, weight = batch(seed)
-    got = sampled_opd(student, teacher, weight, tau) / weight.sum()
+    got = plain(student, teacher, weight, tau) / weight.sum()
     want = oracles.lightning_loss(student, teacher, mask, tau)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)
 
@@ -42,7 +59,7 @@ def test_sampled_loss_equals_the_oracle(seed, tau):
 def test_sampled_gradient_is_that_of_half_the_squared_gap(seed, tau):
     """METHOD: the surrogate's gradient is that of (l_theta - l_T)^2 / 2, Huber's once clipped."""
     student, teacher, _, weight = batch(seed)
-    got = jax.grad(sampled_opd)(student, teacher, weight, tau)
+    got = jax.grad(plain)(student, teacher, weight, tau)
     gap = np.clip(student.astype(np.float64) - teacher, -tau, tau)
     np.testing.assert_allclose(got, weight * gap, atol=1e-5)
     step = 1e-6
@@ -55,13 +72,121 @@ def test_nothing_masked_reaches_the_loss_or_its_gradient():
     student, teacher, mask, weight = batch(1)
     poison_s, poison_t = student.copy(), teacher.copy()
     poison_s[~mask], poison_t[~mask] = np.nan, -np.inf
-    clean = jax.value_and_grad(sampled_opd)(student, teacher, weight, 10.0)
-    dirty = jax.value_and_grad(sampled_opd)(poison_s, poison_t, weight, 10.0)
+    clean = jax.value_and_grad(plain)(student, teacher, weight, 10.0)
+    dirty = jax.value_and_grad(plain)(poison_s, poison_t, weight, 10.0)
     np.testing.assert_array_equal(clean[0], dirty[0])
     np.testing.assert_array_equal(clean[1], dirty[1])
-    a = averages(jax.device_get(diagnostics(student, teacher, student - 0.1, mask, 10.0)))
-    b = averages(jax.device_get(diagnostics(poison_s, poison_t, poison_s - 0.1, mask, 10.0)))
+    a = averages(
+        jax.device_get(diagnostics(TokenLogprobs(student, teacher, student - 0.1, mask), Terms()))
+    )
+    b = averages(
+        jax.device_get(
+            diagnostics(TokenLogprobs(poison_s, poison_t, poison_s - 0.1, mask), Terms())
+        )
+    )
     assert a == b
+
+
+TERMS = st.builds(
+    Terms,
+    tau=st.sampled_from([0.5, 2.0, 10.0]),
+    reward_scale=st.sampled_from([1.0, 0.5, 1.5]),
+    kl_anchor=st.sampled_from([0.0, 0.3]),
+    weight_cap=st.sampled_from([None, 0.7, 2.0]),
+    position_gamma=st.sampled_from([0.0, 0.5]),
+    ratio_clip=st.sampled_from([None, 0.2]),
+)
+
+
+def packed(seed):
+    """Two rows with responses behind prompts, several in a row; also the places of each."""
+    rng = np.random.default_rng(seed)
+    segments, mask = np.zeros((2, 14), np.int32), np.zeros((2, 14), bool)
+    responses = []
+    for row in range(2):
+        at = 0
+        for segment in range(1, int(rng.integers(2, 4))):
+            prompt, response = rng.integers(1, 3), rng.integers(1, 5)
+            segments[row, at : at + prompt + response] = segment
+            at += prompt
+            mask[row, at : at + response] = True
+            responses.append([(row, t) for t in range(at, at + response)])
+            at += response
+    student, teacher, sampler = -rng.exponential(1.0, (3, 2, 14)).astype(np.float32)
+    return TokenLogprobs(student, teacher, sampler, mask, segments), responses
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, TERMS, st.booleans())
+def test_every_term_equals_the_oracle_in_packed_rows(seed, terms, per_token):
+    tokens, responses = packed(seed)
+    weight = np.zeros(tokens.mask_bt.shape, np.float32)
+    for places in responses:
+        for at in places:
+            weight[at] = 1.0 if per_token else 1.0 / len(places)
+    final = token_weights(tokens, weight, advantage(tokens, terms), terms)
+    got = sampled_opd(tokens, final, terms) / weight.sum()
+    arrays = [np.asarray(x, np.float64) for x in tokens[:3]]
+    want = oracles.opd_loss(*arrays, responses, terms, per_token=per_token)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_no_term_reads_what_is_masked(poison):
+    terms = Terms(2.0, 1.5, 0.3, 2.0, 0.5, 0.2)
+    tokens, _ = packed(3)
+    weight = tokens.mask_bt.astype(np.float32)
+
+    def loss(student, teacher, sampler):
+        given = TokenLogprobs(student, teacher, sampler, tokens.mask_bt, tokens.segments_bt)
+        final = token_weights(given, weight, advantage(given, terms), terms)
+        return sampled_opd(given, final, terms) + anchor_loss(given, final, terms)
+
+    def dirty(x):
+        return np.where(tokens.mask_bt, x, np.float32(poison))
+
+    clean = jax.value_and_grad(loss)(*tokens[:3])
+    found = jax.value_and_grad(loss)(*map(dirty, tokens[:3]))
+    np.testing.assert_array_equal(clean[0], found[0])
+    np.testing.assert_array_equal(clean[1], found[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_the_clipped_ratio_starts_with_the_paper_s_gradient(seed):
+    """At the policy that drew the samples the ratio is 1, and nothing is clipped."""
+    student, teacher, mask, weight = batch(seed)
+
+    def loss(x, terms):
+        return sampled_opd(TokenLogprobs(x, teacher, student, mask), weight, terms)
+
+    plain_slope = jax.grad(loss)(student, Terms())
+    np.testing.assert_allclose(
+        jax.grad(loss)(student, Terms(ratio_clip=0.2)), plain_slope, atol=1e-6
+    )
+    far = jax.grad(loss)(student + np.where(teacher > student, 0.5, -0.5), Terms(ratio_clip=0.2))
+    # Moved too far towards the teacher: no slope, unless it went past the teacher.
+    past = abs(teacher - student) < 0.5
+    np.testing.assert_array_equal(np.asarray(far)[mask & ~past], 0.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_the_anchor_pulls_to_the_sampler_in_either_objective(seed):
+    """Gradient of c weight (l - l_R)^2 / 2, Huber's once clipped."""
+    student, sampler, mask, weight = batch(seed)
+    terms = Terms(tau=2.0, kl_anchor=0.3)
+    want = 0.3 * weight * np.clip(student - sampler, -2, 2)
+
+    def alone(x):
+        return anchor_loss(TokenLogprobs(x, sampler, sampler, mask), weight, terms)
+
+    def added(x):
+        tokens = TokenLogprobs(x, student, sampler, mask)  # the teacher agrees with the student
+        return sampled_opd(tokens, weight, terms)
+
+    np.testing.assert_allclose(jax.grad(alone)(student), want, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(added)(student), want, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,13 +246,15 @@ def test_topk_masked_positions_change_nothing():
 def test_diagnostics_are_the_paper_s_monitors():
     student, teacher, mask, _ = batch(4, spread=1.0)
     sampler = student - np.float32(0.2)
-    found = averages(jax.device_get(diagnostics(student, teacher, sampler, mask, 0.5)))
+    tokens = TokenLogprobs(student, teacher, sampler, mask)
+    found = averages(jax.device_get(diagnostics(tokens, Terms(0.5))))
     gap = (teacher.astype(np.float64) - student)[mask]
     adv = np.clip(gap, -0.5, 0.5)
     w = np.exp(np.full(mask.sum(), 0.2))
     want = {
         "half_squared_advantage": np.mean(adv**2) / 2,
         "reverse_kl_estimate": -np.mean(gap),
+        "abs_advantage": np.mean(abs(adv)),
         "large_advantage": 0.0,
         "clipped": np.mean(abs(gap) > 0.5),
         "w": np.mean(w),

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_jax.data.collate import best_fit, opd_batch, pack, packed_rows, padded_rows
+from opd_jax.data.collate import Scored, best_fit, opd_batch, pack, packed_rows, spread_rows
 from opd_jax.data.records import Record, Scores
 
 
@@ -15,8 +15,8 @@ def record(prompt, response, name="p", logprob=-0.5):
 DRAWN = record([10, 11, 12], [20, 21, 1])
 
 
-def test_padded_rows_are_the_drawing_in_the_docstring():
-    batch = padded_rows([DRAWN], 6)
+def test_a_row_is_the_drawing_in_the_docstring():
+    batch = packed_rows([[DRAWN]], 6)
     assert batch["input_bt"].tolist() == [[10, 11, 12, 20, 21, 0]]
     assert batch["target_bt"].tolist() == [[11, 12, 20, 21, 1, 0]]
     assert batch["mask_bt"].astype(int).tolist() == [[0, 0, 1, 1, 1, 0]]
@@ -29,12 +29,22 @@ def test_opd_batch_puts_every_log_prob_at_its_token():
         np.array([[-0.1, -3], [-0.2, -4], [-0.3, -5]], np.float16),
     )
     other = record([9], [8, 1])
-    batch = opd_batch([DRAWN, other], [scores, Scores(np.array([-4, -5], np.float32))], 5)
-    assert batch["teacher_bt"].tolist() == [[0, 0, -1, -2, -3], [-4, -5, 0, 0, 0]]
-    np.testing.assert_allclose(batch["weight_bt"].sum(1), 1.0, rtol=1e-6)
+    last = Scored(other, Scores(np.array([-4, -5], np.float32)))
+    batch = opd_batch([[Scored(DRAWN, scores), last], [last]], 8)
+    assert batch["teacher_bt"].tolist() == [[0, 0, -1, -2, -3, -4, -5, 0], [-4, -5, *[0] * 6]]
+    assert batch["segments_bt"].tolist() == [[1] * 5 + [2] * 2 + [0], [1, 1, *[0] * 6]]
+    np.testing.assert_allclose(batch["weight_bt"].sum(1), [2.0, 1.0], rtol=1e-6)
     assert (batch["weight_bt"] > 0).tolist() == batch["mask_bt"].tolist()
-    with_support = opd_batch([DRAWN], [scores], 5, support=1)
+    with_support = opd_batch([[Scored(DRAWN, scores)]], 5, support=1)
     assert with_support["support_ids_bts"][0, :, 0].tolist() == [0, 0, 20, 6, 1]
+    per_token = opd_batch([[Scored(DRAWN, scores)]], 5, per_token=True)
+    assert per_token["weight_bt"].tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_rows_are_spread_so_that_a_step_cuts_them_into_full_micro_batches():
+    arranged = spread_rows([["a"], ["b"], ["c"], ["d"], ["e"]], pieces=4, micro_rows=2)
+    pieces = [arranged[i::4] for i in range(4)]
+    assert pieces == [[["a"], ["b"]], [["c"], ["d"]], [["e"], []], [[], []]]
 
 
 @settings(max_examples=50, deadline=None)

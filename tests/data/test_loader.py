@@ -1,42 +1,38 @@
 """The order of training batches: a function of (records, seed, batch, step) and of nothing else."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_jax.data.loader import batches
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.data.loader import batches, sequence_steps, token_steps
+from opd_jax.errors import DataError
 
 
-def take(steps, records, global_batch, **where):
-    stream = batches(list, records, global_batch, **{"seed": 3, **where})
-    return list(itertools.islice(stream, steps))
+def take(steps, records, global_batch, seed=3):
+    return sequence_steps(records, global_batch, seed, steps)
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(8, 40), st.sampled_from([4, 8]), st.integers(0, 2**31), st.integers(0, 9))
-def test_same_records_per_step_on_1_2_and_4_processes(records, global_batch, seed, start):
-    whole = take(6, records, global_batch, seed=seed, start_step=start)
-    for count in (2, 4):
-        shares = [
-            take(6, records, global_batch, seed=seed, start_step=start, process_index=i,
-                 process_count=count)
-            for i in range(count)
-        ]  # fmt: skip
-        for step, wanted in enumerate(whole):
-            parts = [share[step] for share in shares]
-            assert {len(part) for part in parts} == {global_batch // count}
-            interleaved = [index for row in zip(*parts, strict=True) for index in row]
-            assert interleaved == wanted
+@given(st.integers(8, 40), st.sampled_from([4, 8]), st.integers(0, 2**31), st.integers(1, 9))
+def test_the_steps_of_a_longer_run_begin_with_those_of_a_shorter(records, batch, seed, steps):
+    assert take(9, records, batch, seed)[:steps] == take(steps, records, batch, seed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=30), st.integers(9, 40))
+def test_steps_by_tokens_take_all_records_in_turn_and_no_more_than_fits(lengths, room):
+    steps = token_steps(lengths, room, 3, 12)
+    flat = [record for step in steps for record in step]
+    assert all(0 < sum(lengths[i] for i in step) <= room for step in steps)
+    for start in range(0, len(flat) - len(lengths) + 1, len(lengths)):
+        assert sorted(flat[start : start + len(lengths)]) == list(range(len(lengths)))
 
 
 def test_resuming_at_a_step_goes_on_as_before():
-    straight = take(12, 10, 4)
+    steps = take(12, 10, 4)
     for start in (1, 5, 11):
-        assert take(12 - start, 10, 4, start_step=start) == straight[start:]
+        assert list(batches(list, steps, start)) == steps[start:]
 
 
 def test_an_epoch_has_no_record_twice_and_the_next_is_shuffled_anew():
@@ -58,7 +54,7 @@ def test_whole_batches_are_read_at_once():
         calls.append(list(indices))
         return np.array(indices)
 
-    stream = batches(read_many, 100, 16, seed=0)
+    stream = batches(read_many, take(40, 100, 16))
     for _, batch in zip(range(3), stream, strict=False):
         assert batch.shape == (16,)
     assert {len(call) for call in calls} == {16}
@@ -71,11 +67,9 @@ def test_errors_of_the_reader_reach_the_trainer():
         raise DataError(f"record {indices[0]}: damaged")
 
     with pytest.raises(DataError, match="damaged"):
-        next(batches(read_many, 8, 4, seed=0))
+        next(batches(read_many, take(1, 8, 4)))
 
 
-def test_too_few_records_and_uneven_shares_are_refused_at_once():
+def test_too_few_records_are_refused_at_once():
     with pytest.raises(DataError, match="7 records do not fill one batch of 8; lower batch_size"):
-        batches(list, 7, 8, seed=0)
-    with pytest.raises(ConfigError, match="batch_size 6 is not divisible by 4 processes"):
-        batches(list, 7, 6, seed=0, process_count=4)
+        take(1, 7, 8)

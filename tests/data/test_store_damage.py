@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opd_jax.config import TrainRun
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store, open_store
 from opd_jax.data.store_files import StoreFiles, encode_document
 from opd_jax.data.store_verify import verify_store
 from opd_jax.errors import DataError
-from opd_jax.train.sources import offline_source
+from opd_jax.train.sources import Packing, offline_source
 
 RECORDS = 12
 FLIPS, CUTS = 40, 8  # of each of the 17 kinds of file: 680 flips and 136 cuts
@@ -137,8 +138,12 @@ def epoch_of_batches(root, snapshot_hash):
     """Every batch of one epoch, read as training reads them, from a store just opened."""
     store = open_store(root)
     snapshot = store.open_snapshot(snapshot_hash)
-    source = offline_source(snapshot, store.open_pass("t"), support=4, batch_size=4, seed=0)
-    next_batch = source(0)
+    longest = int(sum(snapshot.lengths()).max())
+    run = TrainRun(batch_size=4, steps=RECORDS // 4)
+    packing = Packing.of(run, longest, ways=1, support=4)
+    members = range(len(snapshot))
+    source = offline_source(snapshot, store.open_pass("t"), members, run, packing, seed=0)
+    next_batch = source.start(0)
     return [next_batch(step, {}) for step in range(RECORDS // 4)]
 
 

@@ -10,6 +10,7 @@ import oracles
 from models import tiny
 
 from opd_jax.algo.logprobs import chosen_logprobs
+from opd_jax.algo.losses import Terms
 from opd_jax.train.step import Objective, gradients
 
 VOCAB, LENGTH = 5, 3
@@ -28,7 +29,7 @@ def sequence_logprobs(model, params, tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def surrogate_gradient(model, student, batch):
-    return gradients(model, Objective("sampled", tau=1e9), student, batch, 1)[0]
+    return gradients(model, Objective("sampled", Terms(tau=1e9)), student, batch, 1)[0]
 
 
 def setup():

@@ -2,15 +2,16 @@ import numpy as np
 import pytest
 from models import tiny
 
-from opd_jax.config import LoopConfig, SamplingConfig
+from opd_jax.config import LoopConfig, SamplingConfig, TrainRun
 from opd_jax.data.collate import pack
 from opd_jax.data.loader import step_order
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, DataError
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.sources import (
     LiveTeacher,
+    Packing,
     offline_source,
     online_source,
     sft_source,
@@ -38,28 +39,71 @@ def scored(tmp_path_factory):
 
 
 def steps_of(source, start, count):
-    next_batch = source(start)
+    next_batch = source.start(start)
     return [next_batch(step, {}) for step in range(start, start + count)]
 
 
+def offline(scored, run, row_tokens=8):
+    packing = Packing(row_tokens, run.micro_batch_size)
+    return offline_source(*scored, range(12), run, packing, seed=3)
+
+
 def test_offline_batches_resume_and_keep_scores_with_their_records(scored):
-    source = offline_source(*scored, support=0, batch_size=4, seed=3)
+    source = offline(scored, TrainRun(batch_size=4, steps=6, save_every=1))
     straight, resumed = steps_of(source, 0, 6), steps_of(source, 4, 2)
     for a, b in zip(straight[4:], resumed, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+    seen = []
     for batch in straight:
-        number = batch["input_bt"][:, 0]
-        for row, mask in enumerate(batch["mask_bt"]):
-            assert np.all(batch["sampler_bt"][row][mask] == -(number[row] + 1.0))
-            assert np.all(batch["teacher_bt"][row][mask] == -0.5 * (number[row] + 1))
-    first_epoch = np.concatenate([b["input_bt"][:, 0] for b in straight[:3]])
-    assert sorted(first_epoch) == list(range(12))
+        mask = batch["mask_bt"]
+        number = batch["input_bt"][mask] % 100  # each token of a record is its number
+        assert np.all(batch["sampler_bt"][mask] == -(number + 1.0))
+        assert np.all(batch["teacher_bt"][mask] == -0.5 * (number + 1))
+        assert batch["weight_bt"].sum() == pytest.approx(4)
+        seen += sorted(set(number.tolist()))
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))  # twice an epoch
+
+
+def test_a_step_is_packed_and_its_rows_come_in_micro_batches(scored):
+    source = offline(scored, TrainRun(batch_size=6, steps=4, micro_batch_size=2), row_tokens=14)
+    for batch in steps_of(source, 0, 4):
+        rows = [batch["segments_bt"][i :: source.pieces] for i in range(source.pieces)]
+        assert [len(piece) for piece in rows] == [2] * source.pieces
+        filled = [bool(piece.any()) for piece in rows]
+        assert filled == sorted(filled, reverse=True)  # the empty ones come last
+        assert batch["segments_bt"].max() >= 2
+        assert batch["weight_bt"].sum() == pytest.approx(6)
+
+
+def test_a_step_can_be_measured_in_tokens(scored):
+    tokens = sum(scored[0].lengths())
+    run = TrainRun(batch_tokens=24, steps=8)
+    taken = []
+    for batch in steps_of(offline(scored, run), 0, 8):
+        numbers = sorted({*batch["input_bt"][batch["segments_bt"] > 0].tolist()})
+        assert sum(tokens[number] for number in numbers) <= 24
+        taken += numbers
+    assert len(taken) > 24
+    assert set(taken) == set(range(12))
+    with pytest.raises(DataError, match="batch_tokens=7 is less than the 8 tokens of the longest"):
+        offline(scored, TrainRun(batch_tokens=7, steps=8))
+
+
+def test_per_token_weights_are_all_one(scored):
+    run = TrainRun(batch_size=4, average="token", steps=1, save_every=1)
+    packing = Packing.of(run, longest=9, ways=4, support=0)
+    (batch,) = steps_of(offline_source(*scored, range(12), run, packing, seed=0), 0, 1)
+    assert np.array_equal(batch["weight_bt"], batch["mask_bt"])
+    assert len(batch["mask_bt"]) % 4 == 0
+    with pytest.raises(ConfigError, match="row_tokens=8 is too short for the longest response, 10"):
+        Packing.of(TrainRun(row_tokens=8), longest=10, ways=1, support=0)
 
 
 def test_sft_rows_hold_every_answer_once_an_epoch(scored):
     snapshot, _ = scored
-    source = sft_source(snapshot, range(12), row_tokens=16, batch_rows=1, seed=0)
+    loop = LoopConfig(batch_size=1, steps=60)
+    source = sft_source(snapshot, range(12), row_tokens=16, loop=loop, seed=0)
     prompt_r, response_r = snapshot.lengths()
     epoch = len(pack((prompt_r + response_r - 1).tolist(), 16))
     rows = steps_of(source, 0, 2 * epoch)
@@ -74,7 +118,7 @@ def test_sft_rows_hold_every_answer_once_an_epoch(scored):
 
 def test_an_answer_that_does_not_fit_a_row_is_refused(scored):
     with pytest.raises(ConfigError, match=r"row_tokens=6 would cut the longest answer \(7 tokens"):
-        sft_source(scored[0], range(12), row_tokens=6, batch_rows=1, seed=0)
+        sft_source(scored[0], range(12), row_tokens=6, loop=LoopConfig(batch_size=1), seed=0)
 
 
 def test_support_size():
@@ -92,14 +136,32 @@ def test_online_batches_follow_the_offline_order_of_prompts_and_samples():
     sampling = SamplingConfig(max_new_tokens=4, samples_per_prompt=2, slots=4)
     scorer = Scorer(model, params, batch_tokens=16)
     live = LiveTeacher(model, scorer, prompts, sampling, end_ids=(0,), seed=5, text=str)
-    loop = LoopConfig(batch_size=4)
+    run = TrainRun(algorithm="opd", batch_size=4, steps=3, save_every=1)
     order = step_order(6, 4, 5)
-    next_batch = online_source(live, 0, loop)(0)
+    next_batch = online_source(live, run, Packing(5)).start(0)
     batches = [next_batch(step, params) for step in range(3)]
+    seen = set()
     for step, batch in enumerate(batches):
-        wanted = [order[4 * step + i] // 2 + 1 for i in range(4)]
-        assert batch["input_bt"][:, 0].tolist() == wanted
+        wanted = sorted(order[4 * step + i] // 2 + 1 for i in range(4))
+        first = (batch["positions_bt"] == 0) & (batch["segments_bt"] > 0)
+        assert sorted(batch["input_bt"][first].tolist()) == wanted
         # The teacher here is the student: it gives what the sampler gave.
         np.testing.assert_allclose(batch["teacher_bt"], batch["sampler_bt"], atol=1e-4)
-    rows = {tuple(row) for batch in batches for row in batch["target_bt"].tolist()}
-    assert len(rows) > 6  # two samples of a prompt differ, and so do two steps
+        seen |= {tuple(row) for row in batch["target_bt"].tolist() if any(row)}
+    assert len(seen) > 6  # two samples of a prompt differ, and so do two steps
+
+
+def test_samples_for_several_steps_are_those_of_single_steps():
+    """As long as the student does not change: then only when they are drawn differs."""
+    model, params = tiny()
+    prompts = [(f"p{i}", [i + 1, i + 1]) for i in range(4)]
+    sampling = SamplingConfig(max_new_tokens=4, slots=4)
+    scorer = Scorer(model, params, batch_tokens=16)
+    live = LiveTeacher(model, scorer, prompts, sampling, end_ids=(0,), seed=5, text=str)
+    found = []
+    for each in (1, 2):
+        run = TrainRun(algorithm="opd", batch_size=2, steps=4, save_every=2, steps_per_batch=each)
+        next_batch = online_source(live, run, Packing(5)).start(0)
+        found.append([next_batch(step, params)["target_bt"] for step in range(4)])
+    for one, two in zip(*found, strict=True):
+        assert sorted(map(tuple, one[one.any(1)])) == sorted(map(tuple, two[two.any(1)]))
