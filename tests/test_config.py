@@ -225,7 +225,7 @@ BLAMED = [
 @pytest.mark.parametrize(("overrides", "expected", "culprit"), BLAMED)
 def test_the_override_of_the_key_that_is_named_is_blamed(write, overrides, expected, culprit):
     micro = 7 if culprit is None else "null"
-    opd = f"opd: {{micro_batch_size: {micro}, optim: {{warmup_steps: 5}}}}"
+    opd = f"opd: {{algorithm: sft, micro_batch_size: {micro}, optim: {{warmup_steps: 5}}}}"
     path = write(MINIMAL + f"train: {{runs: {{{opd}}}}}\n")
     texts = [f"train.runs.opd.{override}" for override in overrides]
     source = path if culprit is None else f"override '{texts[culprit]}'"
@@ -244,6 +244,30 @@ def test_a_topk_run_needs_stored_teacher_tokens(write):
     message = refusal(write(RUNS), enabled, "train.runs.opd_topk.support=5")
     assert "train.runs.opd_topk.support 5 is above score.top_k 4" in message
     load_config(write(RUNS), ["score.top_k=0"])
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ("ratio_clip: 0.2", "ratio_clip 0.2 is for algorithm 'opd' alone, here it is 'lightning_"),
+        (
+            "algorithm: opd, batch_tokens: 9",
+            "batch_tokens 9 is for algorithm 'lightning_opd'",
+        ),
+        ("steps_per_batch: 4", "steps_per_batch 4 is for algorithm 'opd' alone"),
+        (
+            "objective: topk, reward_scale: 1.2",
+            "reward_scale 1.2 is for objective 'sampled' alone, here it is 'topk'; leave it out",
+        ),
+        (
+            "algorithm: opd, save_every: 5, steps_per_batch: 2",
+            "save_every 5 is no multiple of steps_per_batch 2, and only then",
+        ),
+    ],
+)
+def test_options_of_another_algorithm_are_refused(write, run, expected):
+    text = MINIMAL + f"score: {{top_k: 4}}\ntrain: {{runs: {{opd: {{{run}}}}}}}\n"
+    assert f"train.runs.opd.{expected}" in refusal(write(text))
 
 
 def test_a_missing_key_says_how_to_give_it(write):

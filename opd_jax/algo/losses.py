@@ -66,8 +66,15 @@ class TokenLogprobs(NamedTuple):
 
     def clean(self) -> TokenLogprobs:
         """The same with 0 wherever there is no response token."""
-        kept = (jnp.where(self.mask_bt, x, 0.0) for x in self[:3])
-        return TokenLogprobs(*kept, self.mask_bt, self.segments_bt)
+
+        def kept(x: jax.Array) -> jax.Array:
+            return jnp.where(self.mask_bt, x, 0.0)
+
+        return self._replace(
+            student_bt=kept(self.student_bt),
+            teacher_bt=kept(self.teacher_bt),
+            sampler_bt=kept(self.sampler_bt),
+        )
 
 
 def advantage(tokens: TokenLogprobs, terms: Terms) -> jax.Array:

@@ -112,7 +112,8 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     if config.objective == "topk":
         support = support_size(scores.meta["top_k"], config.support)
     members = range(len(snapshot))
-    longest = int(sum(snapshot.lengths()).max())
+    prompt_r, response_r = snapshot.lengths()
+    longest = int((prompt_r + response_r).max())
     packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
     source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
     return Prepared(source, {**lineage, "rollouts": snapshot.hash})

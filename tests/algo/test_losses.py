@@ -76,15 +76,9 @@ def test_nothing_masked_reaches_the_loss_or_its_gradient():
     dirty = jax.value_and_grad(plain)(poison_s, poison_t, weight, 10.0)
     np.testing.assert_array_equal(clean[0], dirty[0])
     np.testing.assert_array_equal(clean[1], dirty[1])
-    a = averages(
-        jax.device_get(diagnostics(TokenLogprobs(student, teacher, student - 0.1, mask), Terms()))
-    )
-    b = averages(
-        jax.device_get(
-            diagnostics(TokenLogprobs(poison_s, poison_t, poison_s - 0.1, mask), Terms())
-        )
-    )
-    assert a == b
+    sides = ((student, teacher, student - 0.1), (poison_s, poison_t, poison_s - 0.1))
+    a, b = (diagnostics(TokenLogprobs(*arrays, mask), Terms()) for arrays in sides)
+    assert averages(jax.device_get(a)) == averages(jax.device_get(b))
 
 
 TERMS = st.builds(
@@ -160,11 +154,9 @@ def test_the_clipped_ratio_starts_with_the_paper_s_gradient(seed):
     def loss(x, terms):
         return sampled_opd(TokenLogprobs(x, teacher, student, mask), weight, terms)
 
-    plain_slope = jax.grad(loss)(student, Terms())
-    np.testing.assert_allclose(
-        jax.grad(loss)(student, Terms(ratio_clip=0.2)), plain_slope, atol=1e-6
-    )
-    far = jax.grad(loss)(student + np.where(teacher > student, 0.5, -0.5), Terms(ratio_clip=0.2))
+    slope, clip = jax.grad(loss), Terms(ratio_clip=0.2)
+    np.testing.assert_allclose(slope(student, clip), slope(student, Terms()), atol=1e-6)
+    far = slope(student + np.where(teacher > student, 0.5, -0.5), clip)
     # Moved too far towards the teacher: no slope, unless it went past the teacher.
     past = abs(teacher - student) < 0.5
     np.testing.assert_array_equal(np.asarray(far)[mask & ~past], 0.0)

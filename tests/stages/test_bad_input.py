@@ -171,8 +171,10 @@ def test_a_corrected_command_goes_on_after_a_stage_that_wrote_nothing(refused, t
 
 
 def test_batches_that_the_devices_cannot_share(refused):
-    text = refused("train.runs.opd.batch_size=6")
-    assert "train.runs.opd.batch_size=6 is not divisible over 4 devices" in text
+    text = refused("sft.batch_size=6")
+    assert "sft.batch_size=6 is not divisible over 4 devices" in text
+    text = refused("train.runs.opd.micro_batch_size=2")
+    assert "train.runs.opd.micro_batch_size=2 is not divisible over 4 devices" in text
 
 
 def test_run_folder_that_cannot_be_written(tmp_path, capsys):
