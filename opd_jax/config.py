@@ -130,6 +130,12 @@ class LoopConfig(Frozen):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Packed rows per forward pass; gradients are accumulated. `None`: the whole batch at once."""
     save_every: int = Field(default=50, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations; `None`: a tenth of them."""
+    heldout: int = Field(default=64, ge=0)
+    """Records kept out of training for the evaluations, at most a tenth of all; 0: none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite; it never changes the parameters."""
     router_balance: float = Field(default=0.0, ge=0)
     """Coefficient of the loss that spreads tokens evenly over a mixture's experts; 0: none."""
     optim: OptimConfig = OptimConfig()
@@ -155,6 +161,10 @@ class SFTConfig(LoopConfig):
     """Supervised fine-tuning on the teacher's answers, in packed rows of `row_tokens`."""
 
     row_tokens: int = Field(default=16384, ge=8)
+    saturation: float = Field(default=0.01, ge=0)
+    """Nats a token: SFT has saturated once the student's NLL of held-out answers over the teacher's
+    own varies by less for three evaluations."""
+    stop_when_saturated: bool = False
 
     @model_validator(mode="after")
     def _rows_fill_micro_batches(self) -> SFTConfig:
@@ -169,6 +179,27 @@ class ScoreConfig(Frozen):
     entropy: bool = False
     """Store the entropy of the teacher's distribution at every position, too."""
     batch_tokens: int = Field(default=8192, ge=1)
+
+
+class GuardConfig(Frozen):
+    """What a run watches at its evaluations, and what it does when the student leaves its rollouts.
+
+    The limits are about held-out rollouts; docs/results.md shows how well they tell.
+    """
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    """`stop` ends the run after `patience` evaluations with a warning, with its best state."""
+    patience: int = Field(default=2, ge=1)
+    w_std: float = Field(default=0.35, gt=0)
+    """Largest standard deviation of w = pi_theta / pi_ref over tokens."""
+    log_w: float = Field(default=-1.5, lt=0)
+    """Least mean over responses of log W, the sum of their tokens' log w."""
+    fresh: int = Field(default=32, ge=0)
+    """Held-out prompts that the student answers anew at every evaluation; 0: none."""
+    teacher: bool = False
+    """Load the teacher and take the reverse KL of the fresh samples, which decides."""
+    final: Literal["last", "best"] = "last"
+    """Which state is the trained model, where the guard did not stop the run."""
 
 
 class TrainRun(LoopConfig):
@@ -202,6 +233,7 @@ class TrainRun(LoopConfig):
     """`opd`: optimizer steps on samples that are drawn at once, `batch_size` of them a step."""
     ratio_clip: float | None = Field(default=None, gt=0, lt=1)
     """`opd`, `sampled`: PPO's clipped ratio to the policy that drew the samples."""
+    guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")
     def _keys_fit_the_algorithm(self) -> TrainRun:

@@ -26,3 +26,7 @@ class ConsistencyError(OPDError):
 
 class StageError(OPDError):
     """A stage's inputs are missing or have changed since it ran."""
+
+
+class Preempted(BaseException):
+    """The machine is about to go; what was done is saved, and the message says where."""

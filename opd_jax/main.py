@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from opd_jax.config_load import load_config
-from opd_jax.errors import ConfigError, OPDError
+from opd_jax.errors import ConfigError, OPDError, Preempted
 
 _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplotlib")
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline, or look after a store.
 
     The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged,
-    130 for Ctrl-C.
+    130 for Ctrl-C, 143 for SIGTERM during training.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opd_jax: error: {_one_line(error)}", file=sys.stderr)
         _leave_others()
         return 2
+    except Preempted as notice:
+        print(f"opd_jax: {notice}{goes_on}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"opd_jax: interrupted{goes_on}", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ from opd_jax.config import SamplingConfig
 from opd_jax.core.distributed import barrier
 from opd_jax.core.lineage import Identity
 from opd_jax.core.progress import StageProgress, say, stage_line
+from opd_jax.data.records import Record
 from opd_jax.data.store import Store, create_store
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
@@ -178,3 +179,11 @@ def _say_of_pass(task: ScoreTask, scorer: Scorer, snapshot: Snapshot) -> None:
     share = padding_share(batches, tokens_r)
     shape = f"{batches[0].rows} x {batches[0].length:,} tokens"
     say(stage_line(task.stage, f"{len(batches):,} batches of {shape}, {share:.1%} padding"))
+
+
+def thought_and_answer(ctx: RunContext, record: Record) -> str:
+    """The response's text; where the prompt opens the thought, with that opening before it."""
+    tokenizer = ctx.tokenizer()
+    response = tokenizer.decode(record.response_ids.tolist())
+    prompt = tokenizer.decode(record.prompt_ids.tolist(), skip_special=False)
+    return f"<think>{response}" if prompt.rstrip().endswith("<think>") else response

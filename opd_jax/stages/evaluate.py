@@ -7,14 +7,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opd_jax.algo.estimates import Estimate, accuracy_estimate, reverse_kl_estimate
 from opd_jax.config import SamplingConfig
 from opd_jax.core.distributed import is_first
 from opd_jax.data.prompts import Prompt
 from opd_jax.data.records import Record
 from opd_jax.data.store_snapshot import Snapshot
-from opd_jax.evals.estimates import Estimate, accuracy_estimate, reverse_kl_estimate
 from opd_jax.evals.graders import grade
-from opd_jax.stages.common import Outcome, SampleTask, ScoreTask, sample, sample_inputs, score
+from opd_jax.stages.common import (
+    Outcome,
+    SampleTask,
+    ScoreTask,
+    sample,
+    sample_inputs,
+    score,
+    thought_and_answer,
+)
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Artefact, Json
 
@@ -103,7 +111,7 @@ def _accuracy(
 ) -> Json:
     kind = ctx.config.evaluate.grader
     correct = [
-        grade(kind, _thought_and_answer(ctx, record), answers[record.prompt_id])
+        grade(kind, thought_and_answer(ctx, record), answers[record.prompt_id])
         for record in records
     ]
     found = accuracy_estimate(correct, [record.prompt_id for record in records])
@@ -113,14 +121,6 @@ def _accuracy(
         f"{prefix}stderr": figures["stderr"],
         f"{prefix}n": found.n,
     }
-
-
-def _thought_and_answer(ctx: RunContext, record: Record) -> str:
-    """The response's text; where the prompt opens the thought, with that opening before it."""
-    tokenizer = ctx.tokenizer()
-    response = tokenizer.decode(record.response_ids.tolist())
-    prompt = tokenizer.decode(record.prompt_ids.tolist(), skip_special=False)
-    return f"<think>{response}" if prompt.rstrip().endswith("<think>") else response
 
 
 def _reverse_kl(records: Sequence[Record], teacher: Sequence[np.ndarray]) -> Json:
@@ -148,7 +148,7 @@ def _write_samples(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for record in records[:SHOWN]:
-            response = _thought_and_answer(ctx, record)
+            response = thought_and_answer(ctx, record)
             answer = prompts[record.prompt_id].answer
             row = {
                 "prompt": prompts[record.prompt_id].text(),

@@ -212,10 +212,11 @@ def _check_enough(prompts: int, sampling: SamplingConfig, loops: Mapping[str, Lo
     """A batch takes different records, and SFT packs several of them into a row."""
     records = prompts * sampling.samples_per_prompt
     for key, loop in loops.items():
-        if records < loop.batch_size:
+        left = records - min(loop.heldout, records // 10)
+        if left < loop.batch_size:
             raise ConfigError(
-                f"{key}.batch_size={loop.batch_size} is more than the {records} samples of "
-                f"{prompts} prompts; lower it, or add prompts or samples_per_prompt"
+                f"{key}.batch_size={loop.batch_size} is more than the {left} samples of {prompts} "
+                f"prompts that are not held out; lower it, or add prompts or samples_per_prompt"
             )
 
 

@@ -8,7 +8,7 @@ from opd_jax.data.store import open_store
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
-from opd_jax.stages.training import TrainTask, answer_source, train
+from opd_jax.stages.training import TrainTask, prepare_answers, train
 from opd_jax.teacher.consistency import check_same_model, check_same_tokenizer, recorded
 from opd_jax.train.step import Objective
 
@@ -45,6 +45,6 @@ def run(ctx: RunContext) -> Outcome:
     }
     objective = Objective("sft", router_balance=ctx.config.sft.router_balance)
     task = TrainTask(NAME, NAME, objective, ctx.config.sft, inputs(ctx))
-    source = answer_source(ctx, task.loop, NAME, NAME)
-    identity, counts = train(ctx, task, ctx.model("student")[1], source, lineage)
+    prepared = prepare_answers(ctx, task.loop, NAME, NAME)
+    identity, counts = train(ctx, task, ctx.model("student")[1], prepared, lineage)
     return Outcome({"model": identity.to_json()}, counts)

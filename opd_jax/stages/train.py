@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from opd_jax.algo.losses import Terms
 from opd_jax.config import TrainRun
 from opd_jax.core.lineage import Identity
@@ -14,7 +12,8 @@ from opd_jax.data.store_pass import TeacherPass
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext, lineage_file
 from opd_jax.stages.records import Artefact, Json
-from opd_jax.stages.training import TrainTask, answer_source, train
+from opd_jax.stages.training import Prepared, TrainTask, prepare_answers, train
+from opd_jax.stages.watching import fresh_probe, rollout_probe
 from opd_jax.teacher.consistency import (
     check_same_model,
     check_same_tokenizer,
@@ -23,7 +22,8 @@ from opd_jax.teacher.consistency import (
     recorded,
 )
 from opd_jax.teacher.score import Scorer
-from opd_jax.train.loop import Source
+from opd_jax.train.guard import Guard
+from opd_jax.train.probes import Probe, held_out
 from opd_jax.train.sources import (
     LiveTeacher,
     Packing,
@@ -65,30 +65,23 @@ def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
     return [ctx.checkpoint_dir(name)]
 
 
-class Prepared(NamedTuple):
-    """Batches, and who scored them."""
-
-    source: Source
-    lineage: Json
-
-
 def run(ctx: RunContext, name: str) -> Outcome:
     """Check the lineage, then train."""
     config = ctx.config.train.runs[name]
     makers = {"lightning_opd": _offline, "opd": _online, "sft": _control}
-    prepared = makers[config.algorithm](ctx, name, config)
+    prepared, made_of = makers[config.algorithm](ctx, name, config)
     kind = "sft" if config.algorithm == "sft" else config.objective
     objective = Objective(kind, _terms(config), config.tail, config.router_balance)
     lineage = {
         "student": ctx.lineage("sft"),
         "algorithm": config.algorithm,
         "objective": kind,
-        **prepared.lineage,
+        **made_of,
     }
     task = TrainTask(f"train.{name}", name, objective, config, inputs(ctx, name))
     _, params = ctx.trained("sft")
-    identity, counts = train(ctx, task, params, prepared.source, lineage)
-    return Outcome({"model": identity.to_json(), **prepared.lineage}, counts)
+    identity, counts = train(ctx, task, params, prepared, lineage)
+    return Outcome({"model": identity.to_json(), **made_of}, counts)
 
 
 def _terms(config: TrainRun) -> Terms:
@@ -102,7 +95,7 @@ def _terms(config: TrainRun) -> Terms:
     )
 
 
-def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
+def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:
     stage = f"train.{name}"
     store = open_store(ctx.store_root("rollouts"))
     snapshot = store.open_snapshot(ctx.records.outputs("rollout", stage)["snapshot"])
@@ -111,12 +104,21 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     support = 0
     if config.objective == "topk":
         support = support_size(scores.meta["top_k"], config.support)
-    members = range(len(snapshot))
+    members, kept = held_out([key for key, _ in snapshot.keys], config.heldout)
     prompt_r, response_r = snapshot.lengths()
     longest = int((prompt_r + response_r).max())
     packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
     source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
-    return Prepared(source, {**lineage, "rollouts": snapshot.hash})
+    probes: list[Probe] = []
+    if kept:
+        probes.append(rollout_probe(ctx, snapshot, scores, kept, _terms(config)))
+    teacher = None
+    if config.guard.teacher:
+        teacher = Scorer(*ctx.model("teacher"), batch_tokens=ctx.config.score.batch_tokens)
+    fresh = fresh_probe(ctx, config, [snapshot.keys[i][0] for i in kept], teacher)
+    guard = Guard(config.guard)
+    prepared = Prepared(source, [*probes, *([fresh] if fresh else [])], guard)
+    return prepared, {**lineage, "rollouts": snapshot.hash}
 
 
 def _check_lineage(ctx: RunContext, stage: str, store: Store, scores: TeacherPass) -> Json:
@@ -144,7 +146,7 @@ def _compare_teachers(ctx: RunContext, stage: str, scored: Identity, scored_in: 
     return lineage
 
 
-def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
+def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:
     live = ctx.identity("teacher")
     check_same_tokenizer(ctx.checkpoint_identity("sft"), live)
     lineage = _compare_teachers(ctx, f"train.{name}", live, "model.teacher")
@@ -152,10 +154,13 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     if config.objective == "topk":
         support = support_size(ctx.config.score.top_k, config.support)
     teacher_model, teacher_params = ctx.model("teacher")
+    prompts = sorted(ctx.encoded_prompts("opd"))  # a snapshot's order
+    members, kept = held_out([key for key, _ in prompts], config.heldout)
+    scorer = Scorer(teacher_model, teacher_params, support, ctx.config.score.batch_tokens)
     teacher = LiveTeacher(
         model=ctx.program("student"),
-        scorer=Scorer(teacher_model, teacher_params, support, ctx.config.score.batch_tokens),
-        prompts=sorted(ctx.encoded_prompts("opd")),  # a snapshot's order
+        scorer=scorer,
+        prompts=[prompts[i] for i in members],
         sampling=ctx.config.rollout,
         end_ids=ctx.tokenizer("student").end_ids,
         seed=ctx.seed("train"),
@@ -164,9 +169,10 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
     longest = max(len(ids) for _, ids in teacher.prompts) + ctx.config.rollout.max_new_tokens
     packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
     source = online_source(teacher, config, packing)
-    return Prepared(source, lineage)
+    fresh = fresh_probe(ctx, config, [prompts[i][0] for i in kept], scorer)
+    return Prepared(source, [fresh] if fresh else [], Guard(config.guard)), lineage
 
 
-def _control(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
-    source = answer_source(ctx, config, f"train.{name}", "control")
-    return Prepared(source, {"teacher": ctx.recorded("sft", "sft_teacher").to_json()})
+def _control(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:
+    prepared = prepare_answers(ctx, config, f"train.{name}", "control")
+    return prepared, {"teacher": ctx.recorded("sft", "sft_teacher").to_json()}

@@ -9,16 +9,19 @@ from opd_jax.config import LoopConfig
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.lineage import Identity, fingerprint_json
 from opd_jax.core.metrics import MetricsWriter
-from opd_jax.core.progress import StageProgress
+from opd_jax.core.progress import StageProgress, say, stage_line
 from opd_jax.data.store import open_store
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.model.transformer import Params
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.train import checkpoint
+from opd_jax.train.guard import Figures, Guard, Saturation
 from opd_jax.train.loop import Source, TrainJob, run_training
+from opd_jax.train.probes import AnswerProbe, Probe, held_out
 from opd_jax.train.sources import sft_source
 from opd_jax.train.step import Objective
+from opd_jax.train.watch import Watch
 
 
 class TrainTask(NamedTuple):
@@ -31,14 +34,24 @@ class TrainTask(NamedTuple):
     inputs: Json
 
 
+class Prepared(NamedTuple):
+    """Where a run's batches come from, what it is evaluated by, and what judges that."""
+
+    source: Source
+    probes: list[Probe]
+    guard: Guard | None = None
+    saturation: Saturation | None = None
+
+
 def train(
-    ctx: RunContext, task: TrainTask, params: Params, source: Source, lineage: Json
+    ctx: RunContext, task: TrainTask, params: Params, prepared: Prepared, lineage: Json
 ) -> tuple[Identity, Json]:
     """Train from `params`, or from where an earlier try stopped; returns the model and counts."""
     model = ctx.program("student")
-    folder = ctx.checkpoint_dir(task.name) / "state"
-    job = TrainJob(model, task.objective, task.loop, folder, fingerprint_json(task.inputs))
-    start = checkpoint.latest_step(folder) or 0
+    folder = ctx.checkpoint_dir(task.name)
+    state = folder / "state"
+    job = TrainJob(model, task.objective, task.loop, state, fingerprint_json(task.inputs))
+    start = checkpoint.latest_step(state) or 0
     barrier("train")
     progress = StageProgress(task.stage, task.loop.steps, "steps", start)
     with _metrics(ctx, task, start) as writer, progress:
@@ -48,9 +61,41 @@ def train(
             if writer is not None:
                 writer.write(step, values)
 
-        trained, tokens = run_training(job, params, source, log)
-    identity = ctx.save_model(task.name, trained, lineage)
-    return identity, {"steps": task.loop.steps, "tokens": tokens}
+        def report(steps: int, figures: Figures, warnings: list[str]) -> None:
+            say(stage_line(task.stage, f"after {steps} steps: {_evaluated(figures)}"))
+            for warning in warnings:
+                say(stage_line(task.stage, f"WARNING: {warning}"))
+            if writer is not None:
+                writer.write(steps - 1, {**figures, "warnings": float(len(warnings))})
+
+        watch = Watch(task.loop, report, folder / "best", *prepared[1:])
+        result = run_training(job, params, prepared.source, log, watch)
+    counts: Json = {"steps": result.steps, "tokens": result.tokens}
+    if result.steps < task.loop.steps:
+        say(stage_line(task.stage, f"stopped after {result.steps} of {task.loop.steps} steps"))
+    if result.best is not None:
+        say(stage_line(task.stage, f"the trained model is the best state, of {result.best} steps"))
+        counts["best_step"] = result.best
+    identity = ctx.save_model(task.name, result.params, lineage)
+    return identity, counts
+
+
+SHOWN = {
+    "heldout_nll": "held-out NLL {:.4f}",
+    "heldout_gap": "over the teacher's own {:+.4f}",
+    "heldout_half_squared_advantage": "held-out A^2/2 {:.4f}",
+    "heldout_w_std": "w std {:.3f}",
+    "heldout_log_w": "log W {:.2f}",
+    "heldout_iw_reverse_kl": "weighted reverse KL {:.4f}",
+    "fresh_accuracy": "fresh accuracy {:.1%}",
+    "fresh_reverse_kl": "fresh reverse KL {:.4f}",
+}
+"""The figures of an evaluation's line, in its order."""
+
+
+def _evaluated(figures: Figures) -> str:
+    parts = (text.format(figures[name]) for name, text in SHOWN.items() if name in figures)
+    return "  ".join(parts)
 
 
 def _note(objective: Objective, values: dict[str, float]) -> str:
@@ -67,7 +112,8 @@ def _metrics(
     if not is_first():
         return contextlib.nullcontext()
     stage = task.stage.split(".")[0]
-    return MetricsWriter(ctx.run_dir, stage, task.name, start, ctx.config.tensorboard)
+    first = start or -1  # the evaluation before step 0 is called -1
+    return MetricsWriter(ctx.run_dir, stage, task.name, first, ctx.config.tensorboard)
 
 
 def answers(ctx: RunContext, needed_by: str) -> Snapshot:
@@ -76,8 +122,14 @@ def answers(ctx: RunContext, needed_by: str) -> Snapshot:
     return open_store(ctx.store_root("answers")).open_snapshot(snapshot)
 
 
-def answer_source(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: str) -> Source:
-    """Packed rows of the teacher's answers."""
+def prepare_answers(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: str) -> Prepared:
+    """Packed rows of the teacher's answers, some of which are kept out to evaluate with."""
     snapshot = answers(ctx, needed_by)
+    members, kept = held_out([name for name, _ in snapshot.keys], loop.heldout)
     rows = ctx.config.sft.row_tokens
-    return sft_source(snapshot, range(len(snapshot)), rows, loop, ctx.seed(stream))
+    source = sft_source(snapshot, members, rows, loop, ctx.seed(stream))
+    if not kept:
+        return Prepared(source, [])
+    records, tokens = snapshot.read_many(kept), ctx.config.score.batch_tokens
+    probe = AnswerProbe(ctx.program("student"), records, tokens)
+    return Prepared(source, [probe], saturation=Saturation.of(loop))

@@ -9,10 +9,14 @@ no checksum of array data, so `restore` compares every file with its digest befo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -43,21 +47,109 @@ def save(
     Raises:
         DataError: the directory cannot be written.
     """
-    folder = _step_folder(directory, step)
-    try:
+    _Save(Path(directory), step, tree, meta, keep).complete()
+
+
+class _Save:
+    """A step whose arrays are being written."""
+
+    def __init__(
+        self, directory: Path, step: int, tree: Any, meta: dict[str, Any], keep: int | None
+    ) -> None:
+        """Begins; `tree` may be donated or changed from now on."""
+        self._directory, self._keep = directory, keep
+        self._folder = _step_folder(directory, step)
+        self._document = {"step": step, "meta": meta, "tree": _leaves(tree)}
         if jax.process_index() == 0:
-            _remove_step(folder)
+            with _written(self._folder):
+                _remove_step(self._folder)
         _barrier(f"checkpoint {step} begins")
-        ocp.save(str(folder / "state"), tree)
+        with _written(self._folder):
+            self._response = ocp.save_async(str(self._folder / "state"), tree)
+
+    def complete(self) -> None:
+        """Returns when the step is there as a whole. Called by every process."""
+        with _written(self._folder):
+            self._response.result()
+            _barrier(f"{self._folder.name} is written")
+            if jax.process_index() == 0:
+                body = {**self._document, "files": _digests(self._folder)}
+                StoreFiles(self._folder).write_document(COMPLETE, body)
+                _prune(self._directory, self._keep)
+        _barrier(f"{self._folder.name} is complete")
+
+
+class Saver:
+    """Saves while training goes on: one step at a time, and the last one before it is left.
+
+    A step is complete as soon as its files are written and digested; among several processes, which
+    have to agree on that, at the next `settle`.
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None) -> None:
+        self._directory, self._keep = directory, keep
+        self._save: _Save | None = None
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
+        """Begins to save, once the save before is complete.
+
+        Raises:
+            DataError: the directory cannot be written.
+        """
+        self.finish()
+        self._save = _Save(self._directory, step, tree, meta, self._keep)
+        if jax.process_count() == 1:
+            self._thread = Thread(target=self._complete, args=(self._save,))
+            self._thread.start()
+
+    def _complete(self, save: _Save) -> None:
+        try:
+            save.complete()
+        except BaseException as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Between two steps, on all processes."""
+        if self._thread is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until what was begun is complete.
+
+        Raises:
+            DataError: it could not be written; earlier steps are untouched.
+        """
+        save, thread, self._save, self._thread = self._save, self._thread, None, None
+        if thread is not None:
+            thread.join()
+        elif save is not None:
+            save.complete()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or jax.process_count() == 1:
+            self.finish()
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         repair = "free space or choose another run_dir"
         raise DataError(f"{folder}: cannot be written ({_one_line(error)}); {repair}") from error
-    _barrier(f"checkpoint {step} is written")
-    if jax.process_index() == 0:
-        body = {"step": step, "meta": meta, "tree": _leaves(tree), "files": _digests(folder)}
-        StoreFiles(folder).write_document(COMPLETE, body)
-        _prune(Path(directory), keep)
-    _barrier(f"checkpoint {step} is complete")
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,17 @@ import jax.numpy as jnp
 from opd_jax.algo.losses import averages
 from opd_jax.config import LoopConfig
 from opd_jax.core.mesh import put_batch
-from opd_jax.errors import DataError
+from opd_jax.core.preemption import Preemption
+from opd_jax.core.progress import say
+from opd_jax.errors import DataError, Preempted
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.train import checkpoint
+from opd_jax.train.meter import Load, Meter
 from opd_jax.train.optimizer import learning_rate, make_optimizer
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
+from opd_jax.train.watch import Watch
+
+MOST_SKIPPED = 10  # steps in a row without a finite loss: it will not get better
 
 NextBatch = Callable[[int, Params], Any]
 """(step, current parameters) -> host batch."""
@@ -29,10 +36,12 @@ class Source(NamedTuple):
     Attributes:
         start: from the step to start at to the batches from there on.
         pieces: into how many micro-batches a step cuts each.
+        stride: a run can only be resumed at a multiple of so many steps.
     """
 
     start: Callable[[int], NextBatch]
     pieces: int = 1
+    stride: int = 1
 
 
 Log = Callable[[int, dict[str, float]], None]
@@ -51,41 +60,128 @@ class TrainJob:
     keep: int = 2
 
 
-def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tuple[Params, int]:
+class TrainResult(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+        steps: how many were done.
+        best: how many steps the parameters have, where they are not those of the last.
+        tokens: target tokens of all steps, earlier tries included.
+    """
+
+    params: Params
+    steps: int
+    best: int | None
+    tokens: int
+
+
+def run_training(
+    job: TrainJob, params: Params, source: Source, log: Log, watch: Watch | None = None
+) -> TrainResult:
     """Train to the last step, from the newest checkpoint in `job.directory` if there is one.
 
     Args:
         params: where a fresh run starts; left untouched.
         log: called with a step and its metrics after the next step is on its way.
-
-    Returns:
-        the parameters, and the target tokens of all steps, earlier tries included.
+        watch: evaluates the run, and may end it before its last step.
 
     Raises:
-        DataError: a loss or gradient norm is not finite (the last checkpoint is from before), or
-            a checkpoint is damaged.
+        DataError: a loss or gradient norm is not finite (and `on_nonfinite` is not "skip"; the
+            last checkpoint is from before), or a checkpoint is damaged.
+        Preempted: SIGTERM came; the state is saved.
     """
     optimizer = make_optimizer(job.model, job.loop)
     step_fn = make_train_step(job.model, job.objective, optimizer, source.pieces)
-    state, tokens = _resume(job, optimizer, params)
+    state, tokens = _resume(job, optimizer, params, watch)
     start = int(state.step)
+    run = _Run(job, log, source.pieces, tokens)
+    if watch is not None and start == 0 and watch.due(0):
+        watch.look(0, state.params)
     next_batch = source.start(start)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    for step in range(start, job.loop.steps):
-        batch = next_batch(step, state.params)
-        state, metrics = step_fn(state, _put(job.model, batch))
-        if pending is not None:
-            tokens += _log(job, log, *pending)
-        pending = (step, metrics)
-        if (step + 1) % job.loop.save_every == 0 or step + 1 == job.loop.steps:
-            tokens += _log(job, log, *pending)  # a step that is not finite is never saved
-            pending = None
-            meta = {"inputs": job.inputs, "tokens": tokens}
-            checkpoint.save(job.directory, step + 1, state, meta, keep=job.keep)
-    return state.params, tokens
+    run.meter.pause()
+    done = start
+    with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
+        while done < job.loop.steps and not (watch and watch.stopped):
+            batch = run.wait(next_batch, done, state.params)
+            state, metrics = step_fn(state, _put(job.model, batch))
+            run.began(done, batch, metrics)
+            saver.settle()
+            done += 1
+            evaluate = watch is not None and watch.due(done)
+            leave = notice.reached(done) and done % source.stride == 0
+            save = done % job.loop.save_every == 0 or done == job.loop.steps or leave
+            if evaluate or save:
+                run.flush()  # a step that is not finite is never saved
+            if watch is not None and evaluate:
+                watch.look(done, state.params)
+            if save or (watch and watch.stopped):
+                saver.save(done, state, _meta(job, run, watch))
+            if leave:
+                saver.finish()
+                raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
+            if evaluate or save:
+                run.meter.pause()
+    chosen, best = (state.params, None) if watch is None else watch.chosen(state.params, params)
+    return TrainResult(chosen, done, best, run.tokens)
 
 
-def _resume(job: TrainJob, optimizer: Any, params: Params) -> tuple[TrainState, int]:
+class _Run:
+    """The step under way: its metrics are read once the next one has begun."""
+
+    def __init__(self, job: TrainJob, log: Log, pieces: int, tokens: int) -> None:
+        self.job, self.tokens, self.meter = job, tokens, Meter(job.model)
+        self._log, self._pieces, self._skipped = log, pieces, 0
+        self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
+
+    def wait(self, next_batch: NextBatch, step: int, params: Params) -> Any:
+        start = time.monotonic()
+        batch = next_batch(step, params)
+        self.meter.waited(time.monotonic() - start)
+        return batch
+
+    def began(self, step: int, batch: Any, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = step, Load.of(batch, self._pieces), metrics
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, load, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.tokens += int(values["tokens"])
+        own = {name: values.pop(name) for name in ("loss", "grad_norm", "update_ratio")}
+        self._check(step, own)
+        rate = jnp.asarray(learning_rate(self.job.loop.optim, self.job.loop.steps)(step))
+        cost = self.meter.figures(load, values["tokens"])
+        self._log(step, {**own, "learning_rate": float(rate), **averages(values), **cost})
+
+    def _check(self, step: int, own: dict[str, float]) -> None:
+        if all(abs(own[name]) < float("inf") for name in ("loss", "grad_norm")):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        what = f"step {step}: loss {own['loss']}, gradient norm {own['grad_norm']}"
+        if self.job.loop.on_nonfinite == "skip" and self._skipped < MOST_SKIPPED:
+            own["skipped"] = 1.0
+            say(f"WARNING: {what}; skipped")
+            return
+        raise DataError(
+            f"{what}; the last checkpoint in {self.job.directory} is from before; lower "
+            "optim.learning_rate and redo the stage with --force"
+        )
+
+
+def _meta(job: TrainJob, run: _Run, watch: Watch | None) -> dict[str, Any]:
+    return {
+        "inputs": job.inputs,
+        "tokens": run.tokens,
+        "watch": None if watch is None else watch.state(),
+    }
+
+
+def _resume(
+    job: TrainJob, optimizer: Any, params: Params, watch: Watch | None
+) -> tuple[TrainState, int]:
     if checkpoint.latest_step(job.directory) is None:
         return init_state(job.model, optimizer, params), 0
     dtype = str(jax.tree.leaves(params)[0].dtype)
@@ -96,23 +192,10 @@ def _resume(job: TrainJob, optimizer: Any, params: Params) -> tuple[TrainState, 
             f"{job.directory}: step {step} was trained with other settings or inputs; "
             "redo the stage with --force"
         )
+    if watch is not None and meta["watch"] is not None:
+        watch.restore(meta["watch"])
     return state, meta["tokens"]
 
 
 def _put(model: LanguageModel, batch: Any) -> Any:
     return batch if model.mesh is None else put_batch(model.mesh, batch)
-
-
-def _log(job: TrainJob, log: Log, step: int, metrics: dict[str, jax.Array]) -> int:
-    """Returns the step's target tokens."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not all(abs(values[name]) < float("inf") for name in ("loss", "grad_norm")):
-        raise DataError(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the last "
-            f"checkpoint in {job.directory} is from before; lower optim.learning_rate and "
-            "redo the stage with --force"
-        )
-    own = {name: values.pop(name) for name in ("loss", "grad_norm", "update_ratio")}
-    rate = jnp.asarray(learning_rate(job.loop.optim, job.loop.steps)(step))
-    log(step, {**own, "learning_rate": float(rate), **averages(values)})
-    return int(values["tokens"])

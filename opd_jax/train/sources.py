@@ -218,7 +218,8 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         most = run.batch_size if packing.micro_rows else -(-len(rows) // few) * few
         return packing.batch(rows, scored, packing.shape(most))
 
-    return Source(lambda _start: next_batch, packing.shape(run.batch_size)[0])
+    pieces = packing.shape(run.batch_size)[0]
+    return Source(lambda _start: next_batch, pieces, run.steps_per_batch)
 
 
 def support_size(stored: int, wanted: int | None) -> int:

@@ -157,6 +157,8 @@ def make_train_step(
 ) -> StepFn:
     """`step(state, batch) -> (state, metrics)`; metrics are the loss, gradient norm and sums.
 
+    A loss or gradient that is not finite leaves parameters and optimizer as they were.
+
     Raises:
         ConfigError: a balance loss for a model without experts.
     """
@@ -172,9 +174,16 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         metrics = {
             "loss": loss.total * scale,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.params),
             **loss.sums,
         }

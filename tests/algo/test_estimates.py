@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from opd_jax.evals.estimates import accuracy_estimate, ratio_estimate, reverse_kl_estimate
+from opd_jax.algo.estimates import accuracy_estimate, ratio_estimate, reverse_kl_estimate
 
 VECTORS = arrays(np.float64, 7, elements=st.floats(-5, 5, allow_subnormal=False))
 COUNTS = arrays(np.float64, 7, elements=st.integers(1, 9).map(float))

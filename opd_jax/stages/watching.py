@@ -1,0 +1,67 @@
+"""What a training run is watched with: held-out records, fresh samples, and where it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd_jax.algo.losses import Terms
+from opd_jax.config import SamplingConfig, TrainRun
+from opd_jax.data.collate import Scored
+from opd_jax.data.records import Record
+from opd_jax.data.store_pass import TeacherPass
+from opd_jax.data.store_snapshot import Snapshot
+from opd_jax.evals.graders import grade
+from opd_jax.stages.common import thought_and_answer
+from opd_jax.stages.context import EncodedPrompt, RunContext
+from opd_jax.teacher.score import Scorer
+from opd_jax.train.probes import FreshProbe, HeldOutProbe, Probe
+
+
+def rollout_probe(
+    ctx: RunContext, snapshot: Snapshot, scores: TeacherPass, kept: Sequence[int], terms: Terms
+) -> HeldOutProbe:
+    """The figures of held-out rollouts."""
+    scored = map(Scored, snapshot.read_many(kept), scores.read_many(snapshot, kept))
+    return HeldOutProbe(
+        ctx.program("student"), list(scored), terms.tau, ctx.config.score.batch_tokens
+    )
+
+
+def fresh_probe(
+    ctx: RunContext, run: TrainRun, kept: Sequence[str], teacher: Scorer | None
+) -> Probe | None:
+    """Fresh answers to held-out prompts; `None` if the run asks for none, or there are no prompts.
+
+    Args:
+        kept: ids of the held-out prompts.
+        teacher: scores them, where one is loaded.
+    """
+    names = set(sorted(set(kept))[: run.guard.fresh])
+    prompts: list[EncodedPrompt] = [p for p in ctx.encoded_prompts("opd") if p[0] in names]
+    if not prompts:
+        return None
+    rollout = ctx.config.rollout
+    sampling = SamplingConfig(
+        max_new_tokens=rollout.max_new_tokens,
+        min_new_tokens=rollout.min_new_tokens,
+        stop=rollout.stop,
+        slots=min(rollout.slots, 1 << (len(prompts) - 1).bit_length()),
+    )
+    answers = {prompt.id: prompt.answer for prompt in ctx.prompts("opd") if prompt.id in names}
+    kind = ctx.config.evaluate.grader
+    gradable = kind != "none" and None not in answers.values()
+
+    def right(record: Record) -> bool:
+        return grade(kind, thought_and_answer(ctx, record), answers[record.prompt_id])
+
+    tokenizer = ctx.tokenizer("student")
+    return FreshProbe(
+        model=ctx.program("student"),
+        prompts=prompts,
+        sampling=sampling,
+        end_ids=tokenizer.end_ids,
+        seed=ctx.seed("probe"),
+        text=tokenizer.decode if sampling.stop else None,
+        grade=right if gradable else None,
+        teacher=teacher,
+    )

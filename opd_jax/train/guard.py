@@ -1,0 +1,149 @@
+"""Is the student still near its rollouts: what an evaluation says, what is best, when to stop.
+
+The limits are those of docs/results.md, where runs that get better and runs that get lost are
+compared on the quickstart's models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from opd_jax.config import GuardConfig, LoopConfig, SFTConfig
+
+Figures = dict[str, float]
+
+JUDGES = (("fresh_reverse_kl", -1), ("fresh_accuracy", 1), ("heldout_iw_reverse_kl", -1))
+"""What tells which of two states is better, the most trusted first; 1: the larger one is."""
+REMEDY = "lower optim.learning_rate, train fewer steps, or sample anew with refresh.every"
+
+
+class Verdict(NamedTuple):
+    """What an evaluation means: lines to print, whether it is the best so far, whether to stop."""
+
+    warnings: list[str]
+    best: bool
+    stop: bool
+
+
+@dataclass
+class Guard:
+    """Looks at every evaluation of a run. Its state is kept with the checkpoints.
+
+    Attributes:
+        first: figures before the first step.
+        best: the judge's figure at the best evaluation so far, and the steps done by then.
+        warned: how many evaluations in a row had a warning.
+    """
+
+    config: GuardConfig
+    first: Figures = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+    warned: int = 0
+
+    def look(self, steps: int, figures: Figures) -> Verdict:
+        """Judge the figures after `steps` steps."""
+        if not self.first:
+            self.first = dict(figures)
+        judge, sign = judge_of(figures)
+        better = judge is not None and _better(figures[judge], self.best, sign)
+        if judge is not None and better:
+            self.best = figures[judge], steps
+        warnings = self._warnings(figures)
+        self.warned = self.warned + 1 if warnings else 0
+        stop = self.config.action == "stop" and self.warned >= self.config.patience
+        return Verdict(warnings, better, stop)
+
+    def _warnings(self, figures: Figures) -> list[str]:
+        if self.config.action == "off":
+            return []
+        limits = (
+            ("heldout_w_std", self.config.w_std, 1, "standard deviation of w on held-out rollouts"),
+            ("heldout_log_w", self.config.log_w, -1, "mean log W of held-out rollouts"),
+        )
+        found = [
+            f"{what} is {figures[name]:.2f}, beyond {limit:g}: the student samples them no more; "
+            f"{REMEDY}"
+            for name, limit, sign, what in limits
+            if name in figures and sign * (figures[name] - limit) > 0
+        ]
+        return found + self._worse_than_at_first(figures)
+
+    def _worse_than_at_first(self, figures: Figures) -> list[str]:
+        found = []
+        for name, sign in JUDGES:
+            if name not in figures or name not in self.first:
+                continue
+            change = sign * (figures[name] - self.first[name])
+            if change < -_noise(name, figures, self.first):
+                found.append(
+                    f"{name} is {figures[name]:.3f}, worse than {self.first[name]:.3f} before "
+                    f"training; {REMEDY}"
+                )
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs, as JSON values."""
+        return {"first": self.first, "best": self.best, "warned": self.warned}
+
+    @staticmethod
+    def restored(config: GuardConfig, state: dict[str, Any] | None) -> Guard:
+        """The guard of a checkpoint; a new one without."""
+        if state is None:
+            return Guard(config)
+        best = state["best"]
+        found = None if best is None else (float(best[0]), int(best[1]))
+        return Guard(config, state["first"], found, state["warned"])
+
+
+def judge_of(figures: Figures) -> tuple[str | None, int]:
+    """The figure that decides, and its sign; `None` if there is none."""
+    return next(((name, sign) for name, sign in JUDGES if name in figures), (None, 1))
+
+
+def _better(value: float, best: tuple[float, int] | None, sign: int) -> bool:
+    return math.isfinite(value) and (best is None or sign * (value - best[0]) > 0)
+
+
+def _noise(name: str, *figures: Figures) -> float:
+    """Two standard errors of a difference, where they are known."""
+    errors = [found.get(f"{name}_stderr", 0.0) for found in figures]
+    known = [error for error in errors if math.isfinite(error)]
+    return 2.0 * math.sqrt(sum(error * error for error in known))
+
+
+@dataclass
+class Saturation:
+    """Has SFT learned what it can: the student's NLL of held-out answers over the teacher's own.
+
+    Attributes:
+        tolerance: nats a token within which three evaluations are flat.
+        stops: whether that ends the run.
+        gaps: of the last evaluations.
+    """
+
+    tolerance: float
+    stops: bool = False
+    gaps: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def of(loop: LoopConfig) -> Saturation:
+        """As an SFT run asks for it; a control that continues SFT is only told."""
+        config = loop if isinstance(loop, SFTConfig) else SFTConfig()
+        return Saturation(config.saturation, config.stop_when_saturated)
+
+    def look(self, gap: float) -> str | None:
+        """A line to print at the first of three evaluations in a row that are flat."""
+        before, self.gaps = self.flat, [*self.gaps[-2:], gap]
+        if before or not self.flat:
+            return None
+        return (
+            f"SFT has saturated: NLL of held-out answers over the teacher's own is {gap:.4f} nats "
+            f"a token, within {self.tolerance:g} for three evaluations; more steps add little"
+        )
+
+    @property
+    def flat(self) -> bool:
+        """Whether the last three evaluations are."""
+        return len(self.gaps) == 3 and max(self.gaps) - min(self.gaps) <= self.tolerance

@@ -1,0 +1,85 @@
+"""The evaluations of a run: when, what they find, which state they keep, and whether to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_jax.config import LoopConfig
+from opd_jax.model.transformer import Params
+from opd_jax.train import checkpoint
+from opd_jax.train.guard import Figures, Guard, Saturation
+from opd_jax.train.probes import Probe
+
+Report = Callable[[int, Figures, list[str]], None]
+
+
+@dataclass
+class Watch:
+    """Evaluates a run and remembers, with its checkpoints, what it found.
+
+    Attributes:
+        probes: give the figures, from the parameters.
+        report: called with the steps done, the figures and what there is to warn of.
+        directory: where the best state is kept.
+        guard: judges the figures of OPD; `None`: nothing to judge.
+        saturation: judges those of SFT.
+    """
+
+    loop: LoopConfig
+    report: Report
+    directory: Path
+    probes: Sequence[Probe]
+    guard: Guard | None = None
+    saturation: Saturation | None = None
+    stopped: bool = field(default=False, init=False)
+
+    def due(self, steps: int) -> bool:
+        """Whether to evaluate after so many steps: before the first, regularly, and at the end."""
+        every = self.loop.eval_every or max(self.loop.steps // 10, 1)
+        return bool(self.probes) and (steps % every == 0 or steps == self.loop.steps)
+
+    def look(self, steps: int, params: Params) -> None:
+        """Evaluate, keep the state if it is the best, and decide whether to go on."""
+        figures: Figures = {}
+        for probe in self.probes:
+            figures |= probe(params)
+        warnings: list[str] = []
+        if self.saturation is not None and steps:
+            flat = self.saturation.look(figures["heldout_gap"])
+            warnings += [flat] if flat else []
+            self.stopped = self.saturation.flat and self.saturation.stops
+        if self.guard is not None:
+            verdict = self.guard.look(steps, figures)
+            warnings += verdict.warnings
+            self.stopped = verdict.stop
+            if verdict.best:
+                checkpoint.save(self.directory, steps, params, {"figures": figures}, keep=1)
+        self.report(steps, figures, warnings)
+
+    def chosen(self, params: Params, abstract: Params) -> tuple[Params, int | None]:
+        """The trained model: `params` of the last step, or the best, with its number of steps."""
+        if self.guard is None or self.guard.best is None:
+            return params, None
+        if not self.stopped and self.guard.config.final == "last":
+            return params, None
+        best, _, steps = checkpoint.restore(self.directory, None, abstract)
+        return best, steps
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON values."""
+        return {
+            "stopped": self.stopped,
+            "guard": None if self.guard is None else self.guard.state(),
+            "gaps": None if self.saturation is None else self.saturation.gaps,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.stopped = state["stopped"]
+        if self.guard is not None and state["guard"] is not None:
+            self.guard = Guard.restored(self.guard.config, state["guard"])
+        if self.saturation is not None and state["gaps"] is not None:
+            self.saturation.gaps = state["gaps"]
