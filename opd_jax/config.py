@@ -112,13 +112,20 @@ class OptimConfig(Frozen):
     """AdamW with warm-up and a schedule; the defaults are the paper's for offline OPD."""
 
     learning_rate: float = Field(default=2e-6, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """`wsd`: constant, then down to 0 over the last `decay_share` of all steps."""
     warmup_steps: int = Field(default=0, ge=0)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
     b1: float = Field(default=0.9, ge=0, lt=1)
     b2: float = Field(default=0.98, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How AdamW's two moments are kept: 8, 4 or a little over 2 bytes per trained parameter."""
+    ema: float | None = Field(default=None, ge=0, lt=1)
+    """Keep a moving average of the parameters, in float32, that holds on to this share of itself
+    at a step. The average, not the last step's parameters, is then the trained model."""
 
 
 class LoopConfig(Frozen):

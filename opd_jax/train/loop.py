@@ -16,7 +16,7 @@ from opd_jax.core.mesh import put_batch
 from opd_jax.errors import DataError
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.train import checkpoint
-from opd_jax.train.optimizer import learning_rate, make_optimizer
+from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
 
 NextBatch = Callable[[int, Params], Any]
@@ -47,7 +47,8 @@ def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tup
         log: called with a step and its metrics after the next step is on its way.
 
     Returns:
-        the parameters, and the target tokens of all steps, earlier tries included.
+        the parameters (their moving average with `optim.ema`), and the target tokens of all
+        steps, earlier tries included.
 
     Raises:
         DataError: a loss or gradient norm is not finite (the last checkpoint is from before), or
@@ -71,7 +72,7 @@ def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tup
             pending = None
             meta = {"inputs": job.inputs, "tokens": tokens}
             checkpoint.save(job.directory, step + 1, state, meta, keep=job.keep)
-    return state.params, tokens
+    return result_of(state.params, state.opt_state), tokens
 
 
 def _resume(job: TrainJob, optimizer: Any, params: Params) -> tuple[TrainState, int]:

@@ -15,6 +15,7 @@ from opd_jax.core.mesh import batch_sharding, replicated
 from opd_jax.errors import ConfigError
 from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
 from opd_jax.model.transformer import ForwardOutput, LanguageModel, Params
+from opd_jax.train.moments import sharding_like
 
 
 class TrainState(NamedTuple):
@@ -187,7 +188,9 @@ def abstract_state(
 
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+        lambda x, like: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding_like(x.shape, like.sharding)
+        ),
         shapes.opt_state,
         abstract,
         transform_non_params=plain,
