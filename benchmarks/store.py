@@ -125,9 +125,9 @@ def load(root, rounds):
             for index, length in enumerate(lengths.tolist()):
                 writer.append(index, Scores(-rng.exponential(0.5, length).astype(np.float32)))
     next_batch = offline_source(snapshot, scores, 0, BATCH, 0)(0)
-    next_batch(0, {})
+    next_batch(0, dict)
     start = time.perf_counter()
-    tokens = sum(int(next_batch(step, {})["mask_bt"].sum()) for step in range(1, rounds + 1))
+    tokens = sum(int(next_batch(step, dict)["mask_bt"].sum()) for step in range(1, rounds + 1))
     return tokens / (time.perf_counter() - start)
 
 

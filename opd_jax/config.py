@@ -128,6 +128,18 @@ class OptimConfig(Frozen):
     at a step. The average, not the last step's parameters, is then the trained model."""
 
 
+class LoraConfig(Frozen):
+    """Train low-rank additions to dense weights, and nothing else."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """An addition is `alpha / rank` times the product of its two matrices."""
+    targets: tuple[Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"], ...] | None = Field(
+        default=None, strict=False, min_length=1
+    )
+    """`None`: all of these that the model has outside its experts."""
+
+
 class LoopConfig(Frozen):
     """What every training loop has: its length, its batch and its checkpoints."""
 
@@ -139,6 +151,8 @@ class LoopConfig(Frozen):
     save_every: int = Field(default=50, ge=1)
     router_balance: float = Field(default=0.0, ge=0)
     """Coefficient of the loss that spreads tokens evenly over a mixture's experts; 0: none."""
+    lora: LoraConfig | None = None
+    """`None`: all parameters are trained."""
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from opd_jax.algo.losses import averages
 from opd_jax.config import LoopConfig
 from opd_jax.core.mesh import put_batch
 from opd_jax.errors import DataError
+from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.train import checkpoint
 from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
 
-NextBatch = Callable[[int, Params], Any]
+NextBatch = Callable[[int, Callable[[], Params]], Any]
 Source = Callable[[int], NextBatch]
-"""From the step to start at to a function `(step, params) -> host batch`."""
+"""From the step to start at to a function `(step, current) -> host batch`; `current()` gives the
+parameters of that step, which cost something to make where only adapters are trained."""
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -35,35 +38,48 @@ class TrainJob:
     directory: Path
     inputs: str
     """Fingerprint of what the run depends on: a state of other inputs is not resumed."""
+    seed: int = 0
+    """Of fresh adapters, with `loop.lora`."""
     keep: int = 2
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What is trained, unless it is all parameters."""
+        return None if self.loop.lora is None else Adapters(self.model, self.loop.lora)
 
 
 def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tuple[Params, int]:
     """Train to the last step, from the newest checkpoint in `job.directory` if there is one.
 
     Args:
-        params: where a fresh run starts; left untouched.
+        params: where a fresh run starts, or what adapters are added to; left untouched.
         source: the batches; what step s gets does not depend on where the run started.
         log: called with a step and its metrics after the next step is on its way.
 
     Returns:
-        the parameters (their moving average with `optim.ema`), and the target tokens of all
-        steps, earlier tries included.
+        the parameters (their moving average with `optim.ema`; adapters are merged), and the
+        target tokens of all steps, earlier tries included.
 
     Raises:
         DataError: a loss or gradient norm is not finite (the last checkpoint is from before), or
             a checkpoint is damaged.
     """
-    optimizer = make_optimizer(job.model, job.loop)
+    adapters = job.adapters
+    optimizer = make_optimizer(adapters or job.model, job.loop)
     pieces = job.loop.batch_size // (job.loop.micro_batch_size or job.loop.batch_size)
-    step_fn = make_train_step(job.model, job.objective, optimizer, pieces)
-    state, tokens = _resume(job, optimizer, params)
+    step_fn = make_train_step(job.model, job.objective, optimizer, pieces, adapters)
+    frozen = (params,) if adapters else ()
+    state, tokens = _resume(job, optimizer, adapters.init(job.seed) if adapters else params)
+
+    def whole(trained: Params) -> Params:
+        return adapters.merge(params, trained) if adapters else trained
+
     start = int(state.step)
     next_batch = source(start)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     for step in range(start, job.loop.steps):
-        batch = next_batch(step, state.params)
-        state, metrics = step_fn(state, _put(job.model, batch))
+        batch = next_batch(step, functools.partial(whole, state.params))
+        state, metrics = step_fn(state, _put(job.model, batch), *frozen)
         if pending is not None:
             tokens += _log(job, log, *pending)
         pending = (step, metrics)
@@ -72,14 +88,14 @@ def run_training(job: TrainJob, params: Params, source: Source, log: Log) -> tup
             pending = None
             meta = {"inputs": job.inputs, "tokens": tokens}
             checkpoint.save(job.directory, step + 1, state, meta, keep=job.keep)
-    return result_of(state.params, state.opt_state), tokens
+    return whole(result_of(state.params, state.opt_state)), tokens
 
 
 def _resume(job: TrainJob, optimizer: Any, params: Params) -> tuple[TrainState, int]:
     if checkpoint.latest_step(job.directory) is None:
-        return init_state(job.model, optimizer, params), 0
+        return init_state(job.adapters or job.model, optimizer, params), 0
     dtype = str(jax.tree.leaves(params)[0].dtype)
-    abstract = abstract_state(job.model, optimizer, dtype)
+    abstract = abstract_state(job.adapters or job.model, optimizer, dtype)
     state, meta, step = checkpoint.restore(job.directory, None, abstract)
     if meta["inputs"] != job.inputs:
         raise DataError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax.config import LoopConfig, OptimConfig
+from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel
 from opd_jax.train.moments import scale_by_adam
 
@@ -46,7 +47,7 @@ def _stable_then_decay(config: OptimConfig, left: int, steps: int) -> optax.Sche
     return rate
 
 
-def decay_mask(model: LanguageModel) -> dict[str, Any]:
+def decay_mask(model: LanguageModel | Adapters) -> dict[str, Any]:
     """True for the parameters that weight decay shrinks: matrices, not norms or biases."""
     return jax.tree.map(
         lambda param: param.get_metadata("decay"), model.declaration(), is_leaf=_is_param
@@ -57,7 +58,9 @@ def _is_param(node: object) -> bool:
     return not isinstance(node, dict)
 
 
-def make_optimizer(model: LanguageModel, loop: LoopConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    model: LanguageModel | Adapters, loop: LoopConfig
+) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW, then the moving average of what comes out."""
     config = loop.optim
     if config.moments == "float32":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ def sft_source(
 
     def start(step: int) -> NextBatch:
         stream = batches(read, len(rows), batch_rows, seed, step)
-        return lambda _step, _params: next(stream)
+        return lambda _step, _current: next(stream)
 
     return start
 
@@ -76,7 +76,7 @@ def offline_source(
 
     def start(step: int) -> NextBatch:
         stream = batches(read, len(prompt_r), batch_size, seed, step)
-        return lambda _step, _params: next(stream)
+        return lambda _step, _current: next(stream)
 
     return start
 
@@ -109,7 +109,7 @@ def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
     everything = requests_for(live.prompts, samples_each)
     plan: Plan | None = None
 
-    def next_batch(step: int, params: Params) -> Batch:
+    def next_batch(step: int, current: Callable[[], Params]) -> Batch:
         first = step * loop.batch_size
         picked = [order[first + i] for i in range(loop.batch_size)]
         requests = []
@@ -117,7 +117,7 @@ def online_source(live: LiveTeacher, support: int, loop: LoopConfig) -> Source:
             name, ids = live.prompts[place // samples_each]
             index = step * samples_each + place % samples_each  # new at every step
             requests.append(Request(name, index, np.asarray(ids, np.int32)))
-        job = SamplingJob(live.model, params, sampling, live.end_ids, live.seed, live.text)
+        job = SamplingJob(live.model, current(), sampling, live.end_ids, live.seed, live.text)
         nonlocal plan  # one for all steps, whichever prompts they have: nothing compiles again
         plan = plan or plan_for(job, everything)
         samples = generate(job, requests, plan)

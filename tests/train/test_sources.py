@@ -39,7 +39,7 @@ def scored(tmp_path_factory):
 
 def steps_of(source, start, count):
     next_batch = source(start)
-    return [next_batch(step, {}) for step in range(start, start + count)]
+    return [next_batch(step, dict) for step in range(start, start + count)]
 
 
 def test_offline_batches_resume_and_keep_scores_with_their_records(scored):
@@ -95,7 +95,7 @@ def test_online_batches_follow_the_offline_order_of_prompts_and_samples():
     loop = LoopConfig(batch_size=4)
     order = step_order(6, 4, 5)
     next_batch = online_source(live, 0, loop)(0)
-    batches = [next_batch(step, params) for step in range(3)]
+    batches = [next_batch(step, lambda: params) for step in range(3)]
     for step, batch in enumerate(batches):
         wanted = [order[4 * step + i] // 2 + 1 for i in range(4)]
         assert batch["input_bt"][:, 0].tolist() == wanted
