@@ -44,11 +44,11 @@ def random_like(tree):
 def forward(model, params):
     batch = batch_of()
     out = jax.jit(model.forward)(params, batch["input_bt"], batch["positions_bt"])
-    return out.hidden_btd @ model.head(params).T
+    return jax.jit(lambda: out.hidden_btd @ model.head(params).T)()
 
 
 def test_merged_is_unmerged_and_at_the_start_the_model_is_itself():
-    model, params = tiny()
+    model, params = tiny(num_layers=1)
     adapters = Adapters(model, LoraConfig(rank=3, alpha=5.0))
     fresh = adapters.init(0)
     assert set(fresh["layers"]) | set(fresh["dense"]) == set(CONTRACTED)
@@ -67,7 +67,7 @@ def test_merged_is_unmerged_and_at_the_start_the_model_is_itself():
 
 
 def test_the_gradient_is_that_through_merged_weights():
-    model, params = tiny()
+    model, params = tiny(num_layers=1)
     adapters = Adapters(model, LoraConfig(rank=2))
     some = random_like(adapters.init(0))
 
@@ -100,10 +100,15 @@ def trained(mesh=None, steps=3):
     return losses, jax.device_get(state.params)
 
 
-def test_four_devices_train_the_adapters_of_one():
+def test_the_adapters_learn():
     losses, adapters = trained()
     assert losses[-1] < losses[0] - 0.01
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapters))
+
+
+@pytest.mark.slow
+def test_four_devices_train_the_adapters_of_one():
+    losses, adapters = trained()
     four, same = trained(MeshConfig(fsdp=2, tensor=2))
     np.testing.assert_allclose(four, losses, atol=1e-5)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapters), strict=True):
@@ -126,25 +131,24 @@ def compiled(adapters, model):
     optimizer = make_optimizer(trains, LOOP)
     step = make_train_step(model, SFT, optimizer, 1, adapters)
     frozen = (model.abstract(),) if adapters else ()
-    return step.lower(abstract_state(trains, optimizer), batch_of(), *frozen).compile()
+    return step.lower(abstract_state(trains, optimizer), batch_of(b=1), *frozen).compile()
 
 
 def test_frozen_weights_have_no_gradient_and_no_moment():
     """Figures of the compiled step: neither bytes nor operations for what is not trained."""
-    model, params = tiny(num_layers=1, ffn_dim=1024, vocab_size=512)
+    model, params = tiny(num_layers=1, ffn_dim=4096)
     adapters = Adapters(model, LoraConfig(rank=2, targets=("wq", "w_down")))
     state = abstract_state(adapters, make_optimizer(adapters, LOOP))
     sizes = [x.size for x in jax.tree.leaves(state)]
-    assert sum(sizes) < 4 * 2 * (32 + 32 + 1024 + 32) + 10
+    assert sum(sizes) < 4 * 2 * (32 + 32 + 4096 + 32) + 10
     whole, part = compiled(None, model), compiled(adapters, model)
     base = sum(x.nbytes for x in jax.tree.leaves(params))
     a, b = whole.memory_analysis(), part.memory_analysis()
-    print(base, a, b, whole.cost_analysis()["flops"], part.cost_analysis()["flops"])
     assert a.argument_size_in_bytes > 3 * base
     assert base < b.argument_size_in_bytes < 1.2 * base
     assert b.output_size_in_bytes < 0.1 * base  # nothing frozen is given back, or copied
-    assert b.temp_size_in_bytes < a.temp_size_in_bytes - 0.5 * base
-    assert part.cost_analysis()["flops"] < 0.85 * whole.cost_analysis()["flops"]
+    assert b.temp_size_in_bytes < a.temp_size_in_bytes - base
+    assert part.cost_analysis()["flops"] < 0.6 * whole.cost_analysis()["flops"]
 
 
 def test_targets_that_a_mixture_has_in_experts_only_are_refused():
@@ -156,10 +160,8 @@ def test_targets_that_a_mixture_has_in_experts_only_are_refused():
     some, params = tiny(sparse_layers=(1,), **MIXTURE)
     adapters = Adapters(some, LoraConfig(rank=2))
     assert adapters.abstract()["dense"]["w_up"]["a"].shape == (1, 32, 2)
-    fresh = adapters.init(0)
-    np.testing.assert_allclose(
-        forward(some, adapters.attach(params, fresh)), forward(some, params), atol=1e-6
-    )
+    out = forward(some, adapters.attach(params, adapters.init(0)))
+    np.testing.assert_allclose(out, forward(some, params), atol=1e-6)
 
 
 def test_adapters_are_float32_and_follow_the_seed():
