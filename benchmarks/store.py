@@ -129,9 +129,9 @@ def load(root, rounds):
     packing = Packing.of(run, int(sum(snapshot.lengths()).max()), 1, 0)
     source = offline_source(snapshot, scores, range(len(snapshot)), run, packing, 0)
     next_batch = source.start(0)
-    next_batch(0, {})
+    next_batch(0, dict)
     start = time.perf_counter()
-    tokens = sum(int(next_batch(step, {})["mask_bt"].sum()) for step in range(1, rounds + 1))
+    tokens = sum(int(next_batch(step, dict)["mask_bt"].sum()) for step in range(1, rounds + 1))
     return tokens / (time.perf_counter() - start)
 
 

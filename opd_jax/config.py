@@ -112,13 +112,32 @@ class OptimConfig(Frozen):
     """AdamW with warm-up and a schedule; the defaults are the paper's for offline OPD."""
 
     learning_rate: float = Field(default=2e-6, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """`wsd`: constant, then down to 0 over the last `decay_share` of all steps."""
     warmup_steps: int = Field(default=0, ge=0)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
     b1: float = Field(default=0.9, ge=0, lt=1)
     b2: float = Field(default=0.98, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How AdamW's two moments are kept: 8, 4 or a little over 2 bytes per trained parameter."""
+    ema: float | None = Field(default=None, ge=0, lt=1)
+    """Keep a moving average of the parameters, in float32, that holds on to this share of itself
+    at a step. The average, not the last step's parameters, is then the trained model."""
+
+
+class LoraConfig(Frozen):
+    """Train low-rank additions to dense weights, and nothing else."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """An addition is `alpha / rank` times the product of its two matrices."""
+    targets: tuple[Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"], ...] | None = Field(
+        default=None, strict=False, min_length=1
+    )
+    """`None`: all of these that the model has outside its experts."""
 
 
 class LoopConfig(Frozen):
@@ -138,6 +157,8 @@ class LoopConfig(Frozen):
     """What a step does whose loss or gradient is not finite; it never changes the parameters."""
     router_balance: float = Field(default=0.0, ge=0)
     """Coefficient of the loss that spreads tokens evenly over a mixture's experts; 0: none."""
+    lora: LoraConfig | None = None
+    """`None`: all parameters are trained."""
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from types import UnionType
 from typing import get_args, get_origin
 
 from pydantic import ValidationError
@@ -54,6 +55,8 @@ def block_at(block: type[Frozen], key: int | str, entry: bool = False) -> type[F
     kind = field.annotation if field else None
     if entry:
         kind = get_args(kind)[1] if get_origin(kind) is dict else None
+    elif get_origin(kind) is UnionType:  # `Block | None`
+        kind = get_args(kind)[0]
     return kind if isinstance(kind, type) and issubclass(kind, Frozen) else None
 
 

@@ -160,12 +160,15 @@ def _check_run(tree: Tree, name: str, source: str) -> None:
 
 
 def _resolve_paths(tree: Tree, block: type[Frozen], base: Path, source: str) -> Tree:
-    """A copy of `tree` with its path keys made absolute; an empty block (`sft:`) becomes `{}`."""
+    """A copy of `tree` with its path keys made absolute; an empty block (`sft:`) becomes `{}`.
+
+    A block that may be absent (`lora:`) then is.
+    """
     result: Tree = {}
     for key, value in tree.items():
         inner = block_at(block, key)
         if inner is not None and value is None:
-            result[key] = {}
+            result[key] = None if block.model_fields[key].default is None else {}
         elif inner is not None and isinstance(value, dict):
             result[key] = _resolve_paths(value, inner, base, source)
         elif isinstance(value, dict):

@@ -92,6 +92,15 @@ def test_overrides_are_typed_by_yaml_and_the_last_one_wins(write):
     assert config.evaluate.greedy is False
 
 
+def test_a_block_that_may_be_absent(write):
+    path = write(MINIMAL + "sft: {lora: null}\n")
+    assert load_config(path).sft.lora is None
+    assert load_config(path, ["sft.lora={}"]).sft.lora.rank == 16
+    config = load_config(write(RUNS), ["train.runs.opd.lora.targets=[wq, w_up]"])
+    assert config.train.runs["opd"].lora.targets == ("wq", "w_up")
+    assert load_config(write(dump_config(config))) == config
+
+
 def test_a_whole_new_run_can_be_given_and_then_tuned(write):
     overrides = ["train.runs.slow={steps: 7}", "train.runs.slow.tau=2", "train.enabled=[slow]"]
     run = load_config(write(MINIMAL), overrides).train.runs["slow"]
@@ -192,6 +201,8 @@ WRONG = [
     ("train.runs.a/b={}", "train.runs has a run named 'a/b'"),
     ("sft.optim.b1=1", "sft.optim.b1: must be less than 1, but is 1"),
     ("sft.optim.clip_norm=.inf", "sft.optim.clip_norm: must be a finite number, but is inf"),
+    ("sft.lora.rnk=3", "sft.lora: unknown key 'rnk'; did you mean 'rank'?"),
+    ("sft.lora.targets=[wqq]", "sft.lora.targets[0]: must be 'wq', 'wk'"),
     ("sft.optim.schedule=cosin", "but is 'cosin'; did you mean 'cosine'?"),
     ("evaluate.greedy=1", "evaluate.greedy: must be true or false, but is 1"),
     ("prompts.sft=3", "prompts.sft: must be text"),

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from opd_jax.core.mesh import platform_of
 from opd_jax.model.cache import Layer, PagedCache, Pages, PageTable, write_and_attend
+from opd_jax.model.linear import CONTRACTED
 from opd_jax.model.norm import rms_norm
 from opd_jax.model.rope import rope_tables
 from opd_jax.model.spread import hidden_cuts, spread_experts, spread_rows, spread_weight
@@ -47,9 +48,9 @@ def split_layers(model: LanguageModel, params: Params) -> Params:
     def leaf(name: str, x: jax.Array) -> jax.Array:
         if x.ndim == 3 and name.startswith("w_"):
             return spread_experts(model.mesh, name, x)
-        if name not in _CONTRACTED:
+        if name not in CONTRACTED:
             return x
-        ins = _CONTRACTED[name]
+        ins = CONTRACTED[name]
         order = (*range(ins, x.ndim), *range(ins))
         return spread_weight(model.mesh, name, jnp.transpose(x, order))
 
@@ -71,10 +72,6 @@ def _joined(mesh: Mesh | None, layer: Params) -> Params:
     if "router" not in layer:
         layer["w_gate_up"] = jnp.concatenate([layer.pop(name) for name in ("w_gate", "w_up")])
     return layer
-
-
-_CONTRACTED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
-"""Leading axes of a layer's weights that are inputs."""
 
 
 def product(mesh: Mesh | None, x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:

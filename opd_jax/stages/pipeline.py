@@ -28,6 +28,7 @@ from opd_jax.stages.common import Stage
 from opd_jax.stages.context import ROLES, RunContext, Split
 from opd_jax.stages.records import Json, StageRecords, exists
 from opd_jax.stages.summary import write_summary
+from opd_jax.stages.training import check_adapters
 
 PARTS = ("inputs", "run", "artefacts")
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
@@ -163,6 +164,7 @@ def _check_inputs(ctx: RunContext, kinds: set[str]) -> None:
     config = ctx.config
     if kinds - {"export"}:
         _check_vocabulary(ctx)
+        check_adapters(ctx)
     if kinds & {"answer", "sft"}:
         _check_enough(_fitting(ctx, "sft", config.answer), config.answer, {"sft": config.sft})
     if kinds & {"rollout", "train"}:

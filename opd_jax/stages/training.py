@@ -12,6 +12,8 @@ from opd_jax.core.metrics import MetricsWriter
 from opd_jax.core.progress import StageProgress, say, stage_line
 from opd_jax.data.store import open_store
 from opd_jax.data.store_snapshot import Snapshot
+from opd_jax.errors import ConfigError
+from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import Params
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
@@ -50,7 +52,8 @@ def train(
     model = ctx.program("student")
     folder = ctx.checkpoint_dir(task.name)
     state = folder / "state"
-    job = TrainJob(model, task.objective, task.loop, state, fingerprint_json(task.inputs))
+    inputs, seed = fingerprint_json(task.inputs), ctx.seed(f"lora/{task.name}")
+    job = TrainJob(model, task.objective, task.loop, state, inputs, seed)
     start = checkpoint.latest_step(state) or 0
     barrier("train")
     progress = StageProgress(task.stage, task.loop.steps, "steps", start)
@@ -96,6 +99,19 @@ SHOWN = {
 def _evaluated(figures: Figures) -> str:
     parts = (text.format(figures[name]) for name, text in SHOWN.items() if name in figures)
     return "  ".join(parts)
+
+
+def check_adapters(ctx: RunContext) -> None:
+    """Raises ConfigError if a run is to train adapters that the student or the mesh cannot have."""
+    config = ctx.config
+    loops: dict[str, LoopConfig] = {"sft": config.sft}
+    loops |= {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
+    for key, loop in loops.items():
+        if loop.lora is not None:
+            try:
+                Adapters(ctx.program("student"), loop.lora).abstract()
+            except ConfigError as error:
+                raise ConfigError(f"{key}.{error}") from error
 
 
 def _note(objective: Objective, values: dict[str, float]) -> str:

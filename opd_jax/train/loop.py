@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from opd_jax.core.mesh import put_batch
 from opd_jax.core.preemption import Preemption
 from opd_jax.core.progress import say
 from opd_jax.errors import DataError, Preempted
+from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.train import checkpoint
 from opd_jax.train.meter import Load, Meter
-from opd_jax.train.optimizer import learning_rate, make_optimizer
+from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
 from opd_jax.train.watch import Watch
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss: it will not get better
 
-NextBatch = Callable[[int, Params], Any]
-"""(step, current parameters) -> host batch."""
+NextBatch = Callable[[int, Callable[[], Params]], Any]
+"""(step, current) -> host batch; `current()` gives the parameters of that step, which cost
+something to make where only adapters are trained."""
 
 
 class Source(NamedTuple):
@@ -57,13 +60,21 @@ class TrainJob:
     directory: Path
     inputs: str
     """Fingerprint of what the run depends on: a state of other inputs is not resumed."""
+    seed: int = 0
+    """Of fresh adapters, with `loop.lora`."""
     keep: int = 2
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What is trained, unless it is all parameters."""
+        return None if self.loop.lora is None else Adapters(self.model, self.loop.lora)
 
 
 class TrainResult(NamedTuple):
     """What a run ends with.
 
     Attributes:
+        params: of the whole model: adapters are merged, with `optim.ema` it is the average.
         steps: how many were done.
         best: how many steps the parameters have, where they are not those of the last.
         tokens: target tokens of all steps, earlier tries included.
@@ -81,7 +92,7 @@ def run_training(
     """Train to the last step, from the newest checkpoint in `job.directory` if there is one.
 
     Args:
-        params: where a fresh run starts; left untouched.
+        params: where a fresh run starts, or what adapters are added to; left untouched.
         log: called with a step and its metrics after the next step is on its way.
         watch: evaluates the run, and may end it before its last step.
 
@@ -90,39 +101,50 @@ def run_training(
             last checkpoint is from before), or a checkpoint is damaged.
         Preempted: SIGTERM came; the state is saved.
     """
-    optimizer = make_optimizer(job.model, job.loop)
-    step_fn = make_train_step(job.model, job.objective, optimizer, source.pieces)
-    state, tokens = _resume(job, optimizer, params, watch)
-    start = int(state.step)
+    adapters = job.adapters
+    optimizer = make_optimizer(adapters or job.model, job.loop)
+    step_fn = make_train_step(job.model, job.objective, optimizer, source.pieces, adapters)
+    frozen = (params,) if adapters else ()
+    first = adapters.init(job.seed) if adapters else params
+    state, tokens = _resume(job, optimizer, first, watch)
+
+    def whole(trained: Params) -> Params:
+        return adapters.merge(params, trained) if adapters else trained
+
+    def model_of(state: TrainState) -> Params:
+        return whole(result_of(state.params, state.opt_state))
+
+    done = int(state.step)
     run = _Run(job, log, source.pieces, tokens)
-    if watch is not None and start == 0 and watch.due(0):
-        watch.look(0, state.params)
-    next_batch = source.start(start)
+    if watch is not None and done == 0 and watch.due(0):
+        watch.look(0, model_of(state))
+    next_batch = source.start(done)
     run.meter.pause()
-    done = start
     with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
         while done < job.loop.steps and not (watch and watch.stopped):
-            batch = run.wait(next_batch, done, state.params)
-            state, metrics = step_fn(state, _put(job.model, batch))
+            batch = run.wait(next_batch, done, functools.partial(whole, state.params))
+            state, metrics = step_fn(state, _put(job.model, batch), *frozen)
             run.began(done, batch, metrics)
             saver.settle()
             done += 1
-            evaluate = watch is not None and watch.due(done)
             leave = notice.reached(done) and done % source.stride == 0
+            evaluate = watch is not None and watch.due(done)
             save = done % job.loop.save_every == 0 or done == job.loop.steps or leave
-            if evaluate or save:
-                run.flush()  # a step that is not finite is never saved
+            if not (evaluate or save):
+                continue
+            run.flush()  # a step that is not finite is never saved
             if watch is not None and evaluate:
-                watch.look(done, state.params)
+                watch.look(done, model_of(state))
             if save or (watch and watch.stopped):
                 saver.save(done, state, _meta(job, run, watch))
             if leave:
                 saver.finish()
                 raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
-            if evaluate or save:
-                run.meter.pause()
-    chosen, best = (state.params, None) if watch is None else watch.chosen(state.params, params)
-    return TrainResult(chosen, done, best, run.tokens)
+            run.meter.pause()
+    params, best = model_of(state), None
+    if watch is not None:
+        params, best = watch.chosen(params, job.model.abstract(_dtype(params)))
+    return TrainResult(params, done, best, run.tokens)
 
 
 class _Run:
@@ -133,9 +155,9 @@ class _Run:
         self._log, self._pieces, self._skipped = log, pieces, 0
         self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
 
-    def wait(self, next_batch: NextBatch, step: int, params: Params) -> Any:
+    def wait(self, next_batch: NextBatch, step: int, current: Callable[[], Params]) -> Any:
         start = time.monotonic()
-        batch = next_batch(step, params)
+        batch = next_batch(step, current)
         self.meter.waited(time.monotonic() - start)
         return batch
 
@@ -183,9 +205,8 @@ def _resume(
     job: TrainJob, optimizer: Any, params: Params, watch: Watch | None
 ) -> tuple[TrainState, int]:
     if checkpoint.latest_step(job.directory) is None:
-        return init_state(job.model, optimizer, params), 0
-    dtype = str(jax.tree.leaves(params)[0].dtype)
-    abstract = abstract_state(job.model, optimizer, dtype)
+        return init_state(job.adapters or job.model, optimizer, params), 0
+    abstract = abstract_state(job.adapters or job.model, optimizer, _dtype(params))
     state, meta, step = checkpoint.restore(job.directory, None, abstract)
     if meta["inputs"] != job.inputs:
         raise DataError(
@@ -195,6 +216,10 @@ def _resume(
     if watch is not None and meta["watch"] is not None:
         watch.restore(meta["watch"])
     return state, meta["tokens"]
+
+
+def _dtype(params: Params) -> str:
+    return str(jax.tree.leaves(params)[0].dtype)
 
 
 def _put(model: LanguageModel, batch: Any) -> Any:

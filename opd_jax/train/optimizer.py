@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from opd_jax.config import LoopConfig, OptimConfig
+from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel
+from opd_jax.train.moments import scale_by_adam
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant, or a cosine down to a tenth of a percent of the peak."""
-    if config.schedule == "cosine":
+    """Linear warm-up, then constant, or a cosine down to a tenth of a percent of the peak, or wsd.
+
+    Source: "warmup-stable-decay", arXiv 2404.06395; its last part falls as 1 - sqrt(x), which
+    arXiv 2405.18392 found better than a line. The step after the last would have rate 0.
+    """
+    if config.schedule == "wsd":
+        after = _stable_then_decay(config, steps - config.warmup_steps, steps)
+    elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(
             config.learning_rate, max(steps - config.warmup_steps, 1), alpha=1e-3
         )
@@ -28,7 +36,18 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def decay_mask(model: LanguageModel) -> dict[str, Any]:
+def _stable_then_decay(config: OptimConfig, left: int, steps: int) -> optax.Schedule:
+    """What is left of all steps after warm-up: the decay is cut short before it delays warm-up."""
+    decay = min(max(round(config.decay_share * steps), 1), max(left, 1))
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        share = jnp.clip((jnp.asarray(step) - (left - decay)) / decay, 0, 1)
+        return config.learning_rate * (1 - jnp.sqrt(share))
+
+    return rate
+
+
+def decay_mask(model: LanguageModel | Adapters) -> dict[str, Any]:
     """True for the parameters that weight decay shrinks: matrices, not norms or biases."""
     return jax.tree.map(
         lambda param: param.get_metadata("decay"), model.declaration(), is_leaf=_is_param
@@ -39,20 +58,52 @@ def _is_param(node: object) -> bool:
     return not isinstance(node, dict)
 
 
-def make_optimizer(model: LanguageModel, loop: LoopConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
+def make_optimizer(
+    model: LanguageModel | Adapters, loop: LoopConfig
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW, then the moving average of what comes out."""
     config = loop.optim
-    return optax.chain(
-        _clip(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, loop.steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask(model),
-        ),
+    if config.moments == "float32":
+        adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    else:
+        adam = scale_by_adam(config.b1, config.b2, config.eps, config.moments)
+    adamw = optax.chain(
+        adam,
+        optax.add_decayed_weights(config.weight_decay, decay_mask(model)),
+        optax.scale_by_learning_rate(learning_rate(config, loop.steps)),
     )
+    average = [] if config.ema is None else [_average(config.ema)]
+    return optax.chain(_clip(config.clip_norm), adamw, *average)
+
+
+class AverageState(NamedTuple):
+    """Moving average of the parameters, float32."""
+
+    average: Any
+
+
+def _average(keep: float) -> optax.GradientTransformation:
+    """Passes updates on, and keeps the moving average of the parameters that they make."""
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(lambda x: jnp.array(x, jnp.float32), params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(
+            lambda old, x: keep * old + (1 - keep) * x.astype(jnp.float32), state.average, new
+        )
+        return updates, AverageState(average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def result_of(params: Any, opt_state: Any) -> Any:
+    """What a training gives: the moving average in the parameters' dtype, else the parameters."""
+    average = optax.tree.get(opt_state, "average")
+    if average is None:
+        return params
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), average, params)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:

@@ -74,7 +74,7 @@ def _stored(read: Callable[[S], Batch], steps: Sequence[S], pieces: int) -> Sour
 
     def start(step: int) -> NextBatch:
         stream = batches(read, steps, step)
-        return lambda _step, _params: next(stream)
+        return lambda _step, _current: next(stream)
 
     return Source(start, pieces)
 
@@ -207,10 +207,10 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         cut = range(0, size, run.batch_size)
         return {step + i: scored[at : at + run.batch_size] for i, at in enumerate(cut)}
 
-    def next_batch(step: int, params: Params) -> Batch:
+    def next_batch(step: int, current: Callable[[], Params]) -> Batch:
         if step not in drawn:
             drawn.clear()
-            drawn.update(draw(step, params))
+            drawn.update(draw(step, current()))
         scored = drawn.pop(step)
         tokens = [len(s.record.prompt_ids) + len(s.record.response_ids) - 1 for s in scored]
         rows = best_fit(tokens, packing.row_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +25,10 @@ from opd_jax.algo.losses import (
 )
 from opd_jax.core.mesh import batch_sharding, replicated
 from opd_jax.errors import ConfigError
+from opd_jax.model.lora import Adapters
 from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
 from opd_jax.model.transformer import ForwardOutput, LanguageModel, Params
+from opd_jax.train.moments import sharding_like
 
 
 class TrainState(NamedTuple):
@@ -46,7 +49,9 @@ class Objective(NamedTuple):
 
 
 Batch = dict[str, jax.Array]
-StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Trained = LanguageModel | Adapters
+"""What declares the parameters that are trained."""
+StepFn = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def batch_loss(model: LanguageModel, objective: Objective, params: Params, batch: Batch) -> Loss:
@@ -120,15 +125,24 @@ def _token_loss(
 
 
 def gradients(
-    model: LanguageModel, objective: Objective, params: Params, batch: Batch, pieces: int
+    model: LanguageModel,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    pieces: int,
+    attach: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[Params, Loss]:
     """Gradient of the loss's total, added up over `pieces` micro-batches (not yet divided).
 
     Micro-batches without a target come last (`data.collate.spread_rows`) and are not computed.
+
+    Args:
+        params: what is trained.
+        attach: from these to the parameters of a forward.
     """
 
     def total(params: Params, piece: Batch) -> tuple[jax.Array, Loss]:
-        loss = batch_loss(model, objective, params, piece)
+        loss = batch_loss(model, objective, attach(params), piece)
         return loss.total, loss
 
     grad_fn = jax.grad(total, has_aux=True)
@@ -153,11 +167,17 @@ def _interleave(x: jax.Array, pieces: int) -> jax.Array:
 
 
 def make_train_step(
-    model: LanguageModel, objective: Objective, optimizer: optax.GradientTransformation, pieces: int
+    model: LanguageModel,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    pieces: int,
+    adapters: Adapters | None = None,
 ) -> StepFn:
     """`step(state, batch) -> (state, metrics)`; metrics are the loss, gradient norm and sums.
 
-    A loss or gradient that is not finite leaves parameters and optimizer as they were.
+    A loss or gradient that is not finite leaves parameters and optimizer as they were. With
+    `adapters` the state is about these, and the step is `step(state, batch, params)`: the frozen
+    parameters are left as they are.
 
     Raises:
         ConfigError: a balance loss for a model without experts.
@@ -168,8 +188,11 @@ def make_train_step(
             "experts to balance; set it to 0"
         )
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, loss = gradients(model, objective, state.params, batch, pieces)
+    def step(
+        state: TrainState, batch: Batch, *frozen: Params
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        attach = [functools.partial(adapters.attach, *frozen)] if adapters else []
+        grads, loss = gradients(model, objective, state.params, batch, pieces, *attach)
         scale = 1 / jnp.maximum(loss.divisor, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -191,17 +214,18 @@ def make_train_step(
 
     if model.mesh is None:
         return jax.jit(step, donate_argnums=0)
-    shardings = state_shardings(model, optimizer)
+    shardings = state_shardings(adapters or model, optimizer)
+    frozen = [jax.tree.map(lambda x: x.sharding, model.abstract())] if adapters else []
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(model.mesh)),
+        in_shardings=(shardings, batch_sharding(model.mesh), *frozen),
         out_shardings=(shardings, replicated(model.mesh)),
         donate_argnums=0,
     )
 
 
 def abstract_state(
-    model: LanguageModel, optimizer: optax.GradientTransformation, dtype: str = "float32"
+    model: Trained, optimizer: optax.GradientTransformation, dtype: str = "float32"
 ) -> TrainState:
     """Shapes, dtypes and (with a mesh) shardings of the whole state."""
 
@@ -219,7 +243,9 @@ def abstract_state(
 
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+        lambda x, like: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding_like(x.shape, like.sharding)
+        ),
         shapes.opt_state,
         abstract,
         transform_non_params=plain,
@@ -227,13 +253,13 @@ def abstract_state(
     return TrainState(abstract, opt_state, plain(shapes.step))
 
 
-def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(model: Trained, optimizer: optax.GradientTransformation) -> TrainState:
     """The sharding of every leaf of the state."""
     return jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer))
 
 
 def init_state(
-    model: LanguageModel, optimizer: optax.GradientTransformation, params: Params
+    model: Trained, optimizer: optax.GradientTransformation, params: Params
 ) -> TrainState:
     """A fresh state around a copy of `params` (the step donates its state)."""
 

@@ -144,7 +144,7 @@ def epoch_of_batches(root, snapshot_hash):
     members = range(len(snapshot))
     source = offline_source(snapshot, store.open_pass("t"), members, run, packing, seed=0)
     next_batch = source.start(0)
-    return [next_batch(step, {}) for step in range(RECORDS // 4)]
+    return [next_batch(step, dict) for step in range(RECORDS // 4)]
 
 
 def damages(rng, root, kind):

@@ -40,7 +40,7 @@ def scored(tmp_path_factory):
 
 def steps_of(source, start, count):
     next_batch = source.start(start)
-    return [next_batch(step, {}) for step in range(start, start + count)]
+    return [next_batch(step, dict) for step in range(start, start + count)]
 
 
 def offline(scored, run, row_tokens=8):
@@ -139,7 +139,7 @@ def test_online_batches_follow_the_offline_order_of_prompts_and_samples():
     run = TrainRun(algorithm="opd", batch_size=4, steps=3, save_every=1)
     order = step_order(6, 4, 5)
     next_batch = online_source(live, run, Packing(5)).start(0)
-    batches = [next_batch(step, params) for step in range(3)]
+    batches = [next_batch(step, lambda: params) for step in range(3)]
     seen = set()
     for step, batch in enumerate(batches):
         wanted = sorted(order[4 * step + i] // 2 + 1 for i in range(4))
@@ -162,6 +162,6 @@ def test_samples_for_several_steps_are_those_of_single_steps():
     for each in (1, 2):
         run = TrainRun(algorithm="opd", batch_size=2, steps=4, save_every=2, steps_per_batch=each)
         next_batch = online_source(live, run, Packing(5)).start(0)
-        found.append([next_batch(step, params)["target_bt"] for step in range(4)])
+        found.append([next_batch(step, lambda: params)["target_bt"] for step in range(4)])
     for one, two in zip(*found, strict=True):
         assert sorted(map(tuple, one[one.any(1)])) == sorted(map(tuple, two[two.any(1)]))
