@@ -143,5 +143,9 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
 
 
 def _control(ctx: RunContext, name: str, config: TrainRun) -> Prepared:
+    """More of the answers that the student learnt from: `answer` may have been redone since."""
+    teacher, where = ctx.recorded("sft", "sft_teacher"), "answers/dataset.json"
+    wrote = recorded(open_store(ctx.store_root("answers")).meta, "generator", where, "answer")
+    check_same_model(teacher, wrote, "the teacher of the answers", where, "answer")
     source = answer_source(ctx, config, f"train.{name}", "control")
-    return Prepared(source, {"teacher": ctx.recorded("sft", "sft_teacher").to_json()})
+    return Prepared(source, {"teacher": teacher.to_json()})
