@@ -7,25 +7,26 @@ import resource
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from opd_jax.config import Config, EvaluateConfig, LoopConfig, SamplingConfig
+from opd_jax.config import Config
 from opd_jax.config_load import dump_config
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
 from opd_jax.data.store_files import StoreFiles
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import ConfigError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
+from opd_jax.stages.before import check_batches, check_inputs
 from opd_jax.stages.common import Stage
-from opd_jax.stages.context import ROLES, RunContext, Split
+from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 
@@ -93,7 +94,7 @@ def run(
     with run_lock(ctx.run_dir, shared=share is not None):
         store = f"store {config.store}, " if config.store else ""
         say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices()}")
-        _check_inputs(ctx, {name.split(".")[0] for name in chosen})
+        check_inputs(ctx, {name.split(".")[0] for name in chosen})
         for stage in all_stages:
             barrier(stage.name)
             if stage.name in chosen:
@@ -118,7 +119,7 @@ def open_run(
         if config.store is not None:
             StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
     mesh = make_mesh(config.mesh)
-    _check_batches(config, axis_size(mesh, "batch"))
+    check_batches(config, axis_size(mesh, "batch"))
     return RunContext(config, run_dir, mesh, StageRecords(run_dir), share)
 
 
@@ -132,85 +133,6 @@ def _make_folder(run_dir: Path) -> None:
         raise ConfigError(
             f"run_dir '{run_dir}' cannot be written ({error.strerror}); choose another folder"
         ) from error
-
-
-def _check_batches(config: Config, ways: int) -> None:
-    """Every forward pass of training must be divisible over the devices."""
-    loops = {"sft": config.sft}
-    loops |= {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-    for key, loop in loops.items():
-        field = "batch_size" if loop.micro_batch_size is None else "micro_batch_size"
-        rows = getattr(loop, field)
-        if rows % ways:
-            raise ConfigError(
-                f"{key}.{field}={rows} is not divisible over {ways} devices (mesh.data x "
-                "mesh.fsdp x mesh.expert); change it, or the mesh"
-            )
-
-
-def _check_inputs(ctx: RunContext, kinds: set[str]) -> None:
-    """What is wrong with a prompt file or a vocabulary is said before hours of work.
-
-    Args:
-        kinds: of the chosen stages; what only others need may be missing.
-    """
-    config = ctx.config
-    if kinds - {"export"}:
-        _check_vocabulary(ctx)
-    if kinds & {"answer", "sft"}:
-        _check_enough(_fitting(ctx, "sft", config.answer), config.answer, {"sft": config.sft})
-    if kinds & {"rollout", "train"}:
-        runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-        stored = {key: run for key, run in runs.items() if run.algorithm == "lightning_opd"}
-        _check_enough(_fitting(ctx, "opd", config.rollout), config.rollout, stored)
-    if "evaluate" in kinds:
-        _fitting(ctx, "eval", config.evaluate)
-        _check_answers(ctx)
-
-
-def _fitting(ctx: RunContext, split: Split, sampling: SamplingConfig | EvaluateConfig) -> int:
-    """How many prompts a split has; raises DataError if one leaves no room for its response."""
-    prompts, new = ctx.encoded_prompts(split), sampling.max_new_tokens
-    longest, ids = max(prompts, key=lambda prompt: len(prompt[1]))
-    for role in ROLES:
-        positions = ctx.program(role).arch.max_position
-        if len(ids) + new > positions:
-            raise DataError(
-                f"{getattr(ctx.config.prompts, split)}: prompt '{longest}' has {len(ids)} tokens; "
-                f"with max_new_tokens={new} that exceeds the {positions} positions of the {role}, "
-                f"{ctx.path(role)}; shorten the prompt, or lower max_new_tokens"
-            )
-    return len(prompts)
-
-
-def _check_vocabulary(ctx: RunContext) -> None:
-    ctx.check_models()
-    top_k, tokens = ctx.config.score.top_k, ctx.program("teacher").vocabulary
-    if top_k > tokens:
-        raise ConfigError(
-            f"score.top_k={top_k} is more than the teacher's vocabulary of {tokens}; lower it"
-        )
-
-
-def _check_answers(ctx: RunContext) -> None:
-    prompts = ctx.prompts("eval")
-    missing = [prompt.id for prompt in prompts if prompt.answer is None]
-    if missing and ctx.config.evaluate.grader != "none":
-        raise DataError(
-            f"{ctx.config.prompts.eval}: prompt '{missing[0]}' has no answer to grade with "
-            f"({len(missing)} like it); add 'answer', or set evaluate.grader=none"
-        )
-
-
-def _check_enough(prompts: int, sampling: SamplingConfig, loops: Mapping[str, LoopConfig]) -> None:
-    """A batch takes different records, and SFT packs several of them into a row."""
-    records = prompts * sampling.samples_per_prompt
-    for key, loop in loops.items():
-        if records < loop.batch_size:
-            raise ConfigError(
-                f"{key}.batch_size={loop.batch_size} is more than the {records} samples of "
-                f"{prompts} prompts; lower it, or add prompts or samples_per_prompt"
-            )
 
 
 def _write_config(ctx: RunContext) -> None:
