@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
 from opd_jax.stages.context import RunContext
+from opd_jax.stages.gaps import lacking_records
 from opd_jax.stages.records import Artefact, Json
 
 FOLDER = "answers"
@@ -21,6 +22,11 @@ def inputs(ctx: RunContext) -> Json:
 def artefacts(ctx: RunContext) -> list[Artefact]:
     """What `--force` removes."""
     return [ctx.store_artefact(FOLDER)]
+
+
+def gap(ctx: RunContext, outputs: Json) -> str:
+    """Records that have gone since."""
+    return lacking_records(ctx, _task(ctx), outputs["snapshot"])
 
 
 def run(ctx: RunContext) -> Outcome:

@@ -42,6 +42,8 @@ class Stage:
     inputs: Callable[[], Json]
     run: Callable[[], Outcome]
     artefacts: Callable[[], Sequence[Artefact]]
+    gap: Callable[[Json], str] = lambda outputs: ""
+    """What has gone, in words, of what made these outputs; empty: nothing."""
 
 
 class SampleTask(NamedTuple):

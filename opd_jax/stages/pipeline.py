@@ -30,35 +30,26 @@ from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 
-PARTS = ("inputs", "run", "artefacts")
+PARTS = ("inputs", "run", "artefacts", "gap")  # those that keep a store have the last
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
 
 
 def stages_of(ctx: RunContext) -> list[Stage]:
     """All stages of a config, in order; `report` comes after them and is always made anew."""
-    single = {"answer": answer, "sft": sft, "rollout": rollout, "score": score}
-
-    def plain(name: str) -> Stage:
-        module = single[name]
-        return Stage(
-            name,
-            partial(module.inputs, ctx),
-            partial(module.run, ctx),
-            partial(module.artefacts, ctx),
-        )
-
-    def named(module: object, kind: str, name: str) -> Stage:
-        parts = (
-            partial(getattr(module, part), ctx, name) for part in ("inputs", "run", "artefacts")
-        )
-        return Stage(f"{kind}.{name}", *parts)
-
     return [
-        *(plain(name) for name in ("answer", "sft", "rollout", "score")),
-        *(named(train, "train", name) for name in ctx.config.train.enabled),
-        *(named(evaluate, "evaluate", name) for name in evaluate.names(ctx)),
-        *(named(export, "export", name) for name in ctx.config.train.enabled),
+        _stage("answer", answer, ctx),
+        _stage("sft", sft, ctx),
+        _stage("rollout", rollout, ctx),
+        _stage("score", score, ctx),
+        *(_stage(f"train.{name}", train, ctx, name) for name in ctx.config.train.enabled),
+        *(_stage(f"evaluate.{name}", evaluate, ctx, name) for name in evaluate.names(ctx)),
+        *(_stage(f"export.{name}", export, ctx, name) for name in ctx.config.train.enabled),
     ]
+
+
+def _stage(name: str, module: object, *given: RunContext | str) -> Stage:
+    parts = [part for part in PARTS if hasattr(module, part)]
+    return Stage(name, *(partial(getattr(module, part), *given) for part in parts))
 
 
 def run(
@@ -162,10 +153,13 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
     barrier(f"inputs of {stage.name}")
     ctx.records.check_inputs(stage.name, inputs)
-    record = ctx.records.done(stage.name)
-    if record is not None and all(here):
+    record = ctx.records.done(stage.name) if all(here) else None
+    gap = "" if record is None else stage.gap(record["outputs"])
+    if record is not None and not gap:
         say(stage_line(stage.name, f"done before, in {record['seconds']:.1f} s"))
         return
+    if gap:
+        say(stage_line(stage.name, f"done before, but {gap}: making it good"))
     barrier(f"start of {stage.name}")
     _write_config(ctx)
     part = stage.name if ctx.share is None else "{}.share-{}-of-{}".format(stage.name, *ctx.share)
@@ -183,19 +177,30 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
     if not outcome.complete:
         say(stage_line(stage.name, "this share is done, others are not"))
         return
-    shares = ctx.records.share_seconds(stage.name)
     ctx.records.finish(
         stage.name,
         {
             "inputs": inputs,
             "outputs": outcome.outputs,
             "counts": outcome.counts,
-            "seconds": round(seconds + max(shares, default=0.0), 3),
-            "device_seconds": round((seconds + sum(shares)) * ctx.mesh.size, 3),
-            "peak_host_gib": peak_host_gib(),
+            **_cost(ctx, stage.name, seconds, record),
         },
     )
     ctx.records.drop_aside(stage.name, stage.artefacts())
+
+
+def _cost(ctx: RunContext, name: str, seconds: float, before: Json | None) -> Json:
+    """What this run and all shares took, and what that took `before` which is made good now."""
+    shares = ctx.records.share_seconds(name)
+    taken = seconds + max(shares, default=0.0)
+    device = (seconds + sum(shares)) * ctx.mesh.size
+    if before is not None:
+        taken, device = taken + before["seconds"], device + before["device_seconds"]
+    return {
+        "seconds": round(taken, 3),
+        "device_seconds": round(device, 3),
+        "peak_host_gib": peak_host_gib(),
+    }
 
 
 def peak_host_gib() -> float:
