@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
+from opd_jax.stages.common import Outcome, SampleTask, sample_inputs, sample_outcome
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.gaps import lacking_records
 from opd_jax.stages.records import Artefact, Json
@@ -31,7 +31,5 @@ def gap(ctx: RunContext, outputs: Json) -> str:
 
 def run(ctx: RunContext) -> Outcome:
     """Sample, freeze."""
-    _, snapshot = sample(ctx, _task(ctx), {"kind": "answers"})
-    tokens = int(snapshot.lengths()[1].sum())
-    outputs = {"snapshot": snapshot.hash, "teacher": ctx.identity("teacher").to_json()}
-    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+    made_by = {"teacher": ctx.identity("teacher").to_json()}
+    return sample_outcome(ctx, _task(ctx), {"kind": "answers"}, made_by)

@@ -43,7 +43,7 @@ class RunContext:
     mesh: Mesh
     records: StageRecords
     share: tuple[int, int] | None = None
-    """(index, count): score this share alone, beside runs that meet in the store alone."""
+    """(index, count): do this share of a stage alone, beside runs that meet in the store alone."""
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def settings(self, node: Any) -> Json:

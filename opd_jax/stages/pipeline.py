@@ -66,7 +66,7 @@ def run(
         stages: names to run (`train` means every `train.NAME`); `None`: all.
         force: stages to redo, complete or not.
         plan_only: print what is done and what is not, and stop.
-        share: (index, count); do this share of the score stage alone.
+        share: (index, count); do this share of the one chosen stage alone.
 
     Raises:
         OPDError: as its message says.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
+from opd_jax.stages.common import Outcome, SampleTask, sample_inputs, sample_outcome
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.gaps import lacking_records
 from opd_jax.stages.records import Artefact, Json
@@ -33,7 +33,5 @@ def gap(ctx: RunContext, outputs: Json) -> str:
 def run(ctx: RunContext) -> Outcome:
     """Sample, freeze, and pass on who wrote the student's SFT answers."""
     meta = {"kind": "rollouts", "sft_teacher": ctx.recorded("sft", "sft_teacher").to_json()}
-    _, snapshot = sample(ctx, _task(ctx), meta)
-    tokens = int(snapshot.lengths()[1].sum())
-    outputs = {"snapshot": snapshot.hash, "student": ctx.checkpoint_identity("sft").to_json()}
-    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+    made_by = {"student": ctx.checkpoint_identity("sft").to_json()}
+    return sample_outcome(ctx, _task(ctx), meta, made_by)

@@ -50,27 +50,37 @@ def lines_of(capsys, flag, root, code):
     return capsys.readouterr().out.splitlines()
 
 
-def test_answers_that_verify_finds_damaged_are_made_good(tmp_path, capsys):
-    words = arguments(tmp_path, "prompts.sft_limit=8", "answer.slots=4", "sft.batch_size=4")
-    words += ["--stages", "answer"]
-    root = tmp_path / "answers"
+def made_good(run_dir, words, capsys):
+    """Damage answers, do what `--verify` says, and run the stage again."""
+    root = run_dir / "answers"
     assert main(words) == 0
-    want, said, seconds = digests(root), outputs(tmp_path, "answer"), cost(tmp_path)
+    want, said, seconds = digests(root), outputs(run_dir, "answer"), cost(run_dir)
     expected = damage(root, "response_ids")
     capsys.readouterr()
-    first = lines_of(capsys, "--verify", root, 3)[0]
-    assert follow(first) == expected
+    assert follow(lines_of(capsys, "--verify", root, 3)[0]) == expected
     assert main([*words, "--plan"]) == 0
     assert re.search(r"pending \([1-7] of 8 records are missing\)", capsys.readouterr().out)
     assert main(words) == 0
     told = capsys.readouterr().out
     assert re.search(r"done before, but [1-7] of 8 records are missing: making it good", told)
     assert digests(root) == want
-    assert outputs(tmp_path, "answer") == said
-    assert cost(tmp_path) > seconds
+    assert outputs(run_dir, "answer") == said
+    assert cost(run_dir) > seconds
     assert lines_of(capsys, "--verify", root, 0)[-1].startswith("sound    ")
     assert main(words) == 0
     assert "done before, in" in capsys.readouterr().out
+
+
+ANSWERS = ("prompts.sft_limit=8", "answer.slots=4", "sft.batch_size=4", "--stages", "answer")
+
+
+def test_a_finished_stage_makes_good_what_has_gone(tmp_path, capsys, instant):
+    made_good(tmp_path, arguments(tmp_path, *ANSWERS), capsys)
+
+
+@pytest.mark.slow
+def test_answers_that_are_sampled_again_have_the_same_bits(tmp_path, capsys):
+    made_good(tmp_path, arguments(tmp_path, *ANSWERS), capsys)
 
 
 def cost(run_dir):
