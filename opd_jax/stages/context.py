@@ -150,7 +150,7 @@ class RunContext:
         if changed:
             raise ConsistencyError(
                 f"model.{role}: {', '.join(changed)} of {path} changed since this run first read "
-                "it; run again to take the new files, which count as another model"
+                "it; run again: if the weights are others, that is another model"
             )
 
     def _weights_fingerprint(self, path: str) -> str:

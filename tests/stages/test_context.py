@@ -29,7 +29,7 @@ def change(folder):
 def refusal(folder):
     return (
         f"model.teacher: model.safetensors of {folder} changed since this run first read it; run "
-        "again to take the new files, which count as another model"
+        "again: if the weights are others, that is another model"
     )
 
 
