@@ -103,7 +103,7 @@ def score_ours(folder):
 
 def train_ours(folder):
     """One optimizer step over the whole batch; layers are computed again in the backward pass."""
-    from opd_jax.config import LoopConfig, OptimConfig
+    from opd_jax.config_train import LoopConfig, OptimConfig
     from opd_jax.model.load import read_model
     from opd_jax.train.optimizer import make_optimizer
     from opd_jax.train.step import Objective, init_state, make_train_step
@@ -197,7 +197,7 @@ def compiling(_folder, what):
     import jax
     import jax.numpy as jnp
 
-    from opd_jax.config import LoopConfig
+    from opd_jax.config_train import LoopConfig
     from opd_jax.model.hf_config import architecture_from_hf
     from opd_jax.model.transformer import LanguageModel
     from opd_jax.train.optimizer import make_optimizer

@@ -111,7 +111,7 @@ def read_array_record(path, rounds):
 
 def load(root, rounds):
     """Response tokens per second of training batches: records and scores, packed."""
-    from opd_jax.config import TrainRun
+    from opd_jax.config_train import TrainRun
     from opd_jax.data.records import Scores
     from opd_jax.data.store import open_store
     from opd_jax.train.sources import Packing, offline_source

@@ -11,7 +11,8 @@ from typing import get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from opd_jax.config import Config, Frozen
+from opd_jax.config import Config
+from opd_jax.config_base import Frozen
 
 Location = tuple[int | str, ...]
 

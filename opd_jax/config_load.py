@@ -19,8 +19,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from opd_jax.config import Config, Frozen, PathMark, TrainConfig
+from opd_jax.config import Config
+from opd_jax.config_base import Frozen, PathMark
 from opd_jax.config_errors import block_at, describe
+from opd_jax.config_train import TrainConfig
 from opd_jax.errors import ConfigError
 
 Tree = dict[str, Any]

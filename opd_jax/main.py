@@ -73,7 +73,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--force", action="append", default=[], metavar="STAGE", help="redo a stage that is done"
     )
     parser.add_argument(
-        "--share", metavar="I/N", help="with --stages score: do the I-th of N shares of it alone"
+        "--share", metavar="I/N", help="do the I-th of N shares of answer, rollout or score alone"
     )
     parser.add_argument("--plan", action="store_true", help="print what is done and what is not")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
@@ -191,8 +191,11 @@ def _share(arguments: argparse.Namespace) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", arguments.share)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ConfigError(f"--share {arguments.share}: give I/N, as in 1/4, 2/4, 3/4 and 4/4")
-    if arguments.stages != "score" or arguments.force or arguments.plan:
-        raise ConfigError("--share goes with --stages score, and not with --force or --plan")
+    if arguments.stages not in ("answer", "rollout", "score") or arguments.force or arguments.plan:
+        raise ConfigError(
+            "--share goes with one of --stages answer, rollout and score, and not with --force or "
+            "--plan"
+        )
     return int(found[1]) - 1, int(found[2])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opd_jax"
-LEAVES = {"errors", "config", "config_errors", "config_load"}
+LEAVES = {"errors", "config", "config_base", "config_train", "config_errors", "config_load"}
 FLOORS = {
     "core": 0,
     "model": 1,

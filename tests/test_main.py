@@ -52,8 +52,9 @@ def test_overrides_and_options_mix_and_reach_the_pipeline(config_path, pipeline)
     assert (stages, force, plan_only) == (["sft", "rollout"], ["sft", "train", "export"], False)
 
 
-def test_a_share_counts_from_one(config_path, pipeline):
-    words = ["--config", config_path, "--stages", "score"]
+@pytest.mark.parametrize("stage", ["answer", "rollout", "score"])
+def test_a_share_counts_from_one(config_path, pipeline, stage):
+    words = ["--config", config_path, "--stages", stage]
     assert main([*words, "--share", "3/4"]) == 0
     assert pipeline.share == (2, 4)
     assert main(words) == 0
@@ -66,8 +67,12 @@ def test_a_share_counts_from_one(config_path, pipeline):
         (["--stages", "score", "--share", "0/4"], "--share 0/4: give I/N"),
         (["--stages", "score", "--share", "5/4"], "--share 5/4: give I/N"),
         (["--stages", "score", "--share", "half"], "--share half: give I/N"),
-        (["--share", "1/2"], "--share goes with --stages score"),
-        (["--stages", "rollout,score", "--share", "1/2"], "--share goes with --stages score"),
+        (["--share", "1/2"], "--share goes with one of"),
+        (
+            ["--stages", "rollout,score", "--share", "1/2"],
+            "--share goes with one of",
+        ),
+        (["--stages", "sft", "--share", "1/2"], "--share goes with one of"),
         (["--stages", "score", "--share", "1/2", "--force", "score"], "not with --force"),
         (["--prompt", "x", "--share", "1/2"], "--prompt and --share do not go together"),
     ],

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: two would write into each other's files."""
+"""One run at a time in a run folder, or at a share of a stage: two would do each other's work."""
 
 from __future__ import annotations
 
@@ -30,18 +30,41 @@ def run_lock(run_dir: Path, shared: bool = False) -> Generator[None]:
     Raises:
         ConfigError: another run holds it.
     """
+    what, instead = f"run_dir '{run_dir}' is in use", "choose another run_dir"
+    with _held(run_dir / ".lock", shared, what, instead):
+        yield
+
+
+@contextlib.contextmanager
+def share_lock(folder: Path, name: str) -> Generator[None]:
+    """Hold a share of a stage, as `run_lock` holds a run folder.
+
+    Args:
+        folder: one that every start of this share has before it.
+        name: of the stage and the share.
+
+    Raises:
+        ConfigError: it is being done.
+    """
+    what = f"{name} in '{folder}' is being done"
+    with _held(folder / f".{name}.lock", False, what, "start another share"):
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, shared: bool, what: str, instead: str) -> Generator[None]:
     if fcntl is None or not is_first():
         yield
         return
-    with (run_dir / ".lock").open("a+", encoding="utf-8") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
                 raise ConfigError(
-                    f"run_dir '{run_dir}' is in use by {file.read().strip() or 'another run'}; "
-                    "wait until it ends, or choose another run_dir"
+                    f"{what} by {file.read().strip() or 'another run'}; wait until it ends, or "
+                    f"{instead}"
                 ) from None
         file.seek(0)
         file.truncate()

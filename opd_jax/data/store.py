@@ -2,6 +2,7 @@
 
 <root>/dataset.json                 what the store is, written once
 <root>/data/, <root>/commits/       responses, one segment per flush
+<root>/shares.json                  into how many shares writers at work are divided
 <root>/snapshots/<hash>.json        frozen, ordered content: what training opens
 <root>/teacher/<pass>/              scores of a snapshot's records, segments of their own
 """
@@ -90,6 +91,27 @@ class Store:
     def writer(self, process_index: int = 0) -> StoreWriter:
         """A writer of new segments. Any number may write at once, on one machine or many."""
         return StoreWriter(self.files, process_index)
+
+    def begin_shares(self, count: int) -> None:
+        """Notes into how many shares its writers are divided, until `end_shares`.
+
+        Raises:
+            DataError: there are others at work, divided into another number.
+        """
+        key = "shares.json"
+        if not self.files.exists(key):
+            self.files.write_document(key, {"shares": count})
+        found = self.files.read_document(key, "delete it and start the share again")["shares"]
+        if found != count:
+            raise DataError(
+                f"{self.files.path(key)}: {found} shares are under way, this is one of {count}: "
+                f"both would write the same records; start I/{found}, or delete that file once "
+                "none of them runs any more"
+            )
+
+    def end_shares(self) -> None:
+        """Forgets the number: all is written."""
+        self.files.delete("shares.json")
 
     def freeze(self) -> Snapshot:
         """Fixes the committed records as a snapshot; the same records give the same one again.

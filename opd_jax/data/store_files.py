@@ -146,6 +146,10 @@ class StoreFiles:
     def check_writable(self, key: str) -> None:
         """Writes an object and removes it; raises DataError where that cannot be done."""
         self.write(key, b"")
+        self.delete(key)
+
+    def delete(self, key: str) -> None:
+        """Removes an object, if it is there."""
         with damage_named(self.path(key), "allow to delete it"):
             self.kvstore.write(key, None).result()
 

@@ -64,13 +64,14 @@ def verify_store(files: StoreFiles, on_step: Callable[[str], None] = lambda _: N
     cache = SegmentCache(files, "")
     rollouts = _loaded(cache, readable)
     _check_duplicates(files, list(rollouts.values()), found)
+    frozen = set[str]()
     for name in files.names("snapshots/"):
         on_step(f"snapshot {name[:12]}")
-        _check_snapshot(files, cache, rollouts, name, found)
+        frozen |= _check_snapshot(files, cache, rollouts, name, found)
         result.snapshots += 1
     for name in layout.passes:
         on_step(f"teacher pass {name}")
-        result.passes[name] = check_pass(files, name, rollouts, found)
+        result.passes[name] = check_pass(files, name, rollouts, frozen, found)
     _note_files(files, layout, result)
     return result
 
@@ -106,27 +107,25 @@ def _check_snapshot(
     rollouts: dict[str, Segment],
     name: str,
     found: Findings,
-) -> None:
-    key = f"snapshots/{name}.json"
+) -> set[str]:
+    """Returns the names of its segments, as far as it can be read."""
+    key, names = f"snapshots/{name}.json", set[str]()
     with found.caught():
         body = files.read_document(key, FREEZE_AGAIN)
-        lost: list[str] = []
-        for entry in body["segments"]:
-            segment = rollouts.get(entry["name"])
-            if segment is None:
-                lost.append(entry["name"])
-            elif segment.digest != entry["digest"]:
-                what = f"segment {segment.name} is not the one that was frozen"
-                found.add(files.path(key), what, FREEZE_AGAIN)
-                return
-        if lost:
+        digests = {entry["name"]: entry["digest"] for entry in body["segments"]}
+        names |= digests.keys()
+        lost = sorted(names - rollouts.keys())
+        other = [n for n in digests if n in rollouts and rollouts[n].digest != digests[n]]
+        if other:
+            what = f"segment {other[0]} is not the one that was frozen"
+            found.add(files.path(key), what, FREEZE_AGAIN)
+        elif lost:
             what = f"its segments {', '.join(lost)} are missing or damaged"
             found.add(files.path(key), what, "once they are repaired, " + FREEZE_AGAIN)
-            return
-        snapshot = Snapshot(files, cache, name)
-        if len(snapshot) != body["records"]:
-            what = f"says {body['records']} records, its segments hold {len(snapshot)}"
+        elif (held := len(Snapshot(files, cache, name))) != body["records"]:
+            what = f"says {body['records']} records, its segments hold {held}"
             found.add(files.path(key), what, FREEZE_AGAIN)
+    return names
 
 
 def _note_files(files: StoreFiles, layout: StoreLayout, result: Verified) -> None:

@@ -17,12 +17,17 @@ HALF_STEP = 2.0**-10
 
 
 def check_pass(
-    files: StoreFiles, name: str, rollouts: Mapping[str, Segment], found: Findings
+    files: StoreFiles,
+    name: str,
+    rollouts: Mapping[str, Segment],
+    frozen: set[str],
+    found: Findings,
 ) -> int:
     """Segments of one pass, by themselves and against the records they score.
 
     Args:
         rollouts: the store's segments that could be loaded.
+        frozen: names of the segments of all snapshots.
 
     Returns:
         How many records have scores.
@@ -38,14 +43,18 @@ def check_pass(
         segment = check_segment(files, base, segment_name, ["logprob"], found)
         if segment is None:
             continue
-        places = _places(segment, rollouts, committed, found)
+        places = _places(segment, rollouts, committed, frozen, found)
         _check_repeated(segment, places, scored, found)
         _check_scores(segment, places, rollouts, meta.get("top_k"), found)
     return len(scored)
 
 
 def _places(
-    segment: CheckedSegment, rollouts: Mapping[str, Segment], committed: set[str], found: Findings
+    segment: CheckedSegment,
+    rollouts: Mapping[str, Segment],
+    committed: set[str],
+    frozen: set[str],
+    found: Findings,
 ) -> list[tuple[str, int] | None]:
     """(segment, row in it) that each row scores; `None` where that cannot be told."""
     sources = segment.commit["scored_segments"]
@@ -53,7 +62,12 @@ def _places(
     for name, digest in sources:
         rollout = rollouts.get(name)
         usable.append(rollout is not None and rollout.digest == digest)
-        if name not in committed:
+        if name not in committed | frozen:
+            found.notes.append(
+                f"{segment.path}: has scores of segment {name}, whose records were sampled again;"
+                " nothing reads them"
+            )
+        elif name not in committed:
             what = f"scores segment {name}, which has no commit"
             found.add(segment.path, what, segment.repair)
         elif rollout is not None and rollout.digest != digest:

@@ -44,7 +44,7 @@ def weights_fingerprint(path: str | Path, fallback: Path) -> str:
     Raises:
         ModelError: as loading the model would.
     """
-    stamp = _stamp(Path(path))
+    stamp = files_stamp(Path(path))
     if sum(size for size, _ in stamp.values()) < CACHED_BYTES:
         return stream_fingerprint(path)
     beside, key = _beside(Path(path)), str(Path(path).resolve())
@@ -87,7 +87,7 @@ def _pieces(source: TensorSource, tensor: HFTensor, shape: Shape) -> Iterator[np
             yield tensor.from_hf(array, inner) if tensor.in_rank else array
 
 
-def _stamp(path: Path) -> dict[str, list[int]]:
+def files_stamp(path: Path) -> dict[str, list[int]]:
     """Size and time of every file that weights or architecture are read from."""
     files = [path, *sorted(path.glob("*.safetensors*")), path / "config.json"]
     found = {file.name: file.stat() for file in files if file.is_file()}

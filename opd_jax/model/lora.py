@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opd_jax.config import LoraConfig
+from opd_jax.config_train import LoraConfig
 from opd_jax.core.mesh import sharding_for
 from opd_jax.core.rng import key_for
 from opd_jax.errors import ConfigError

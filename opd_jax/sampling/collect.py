@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,32 +26,61 @@ def requests_for(prompts: Sequence[tuple[str, Sequence[int]]], samples: int) -> 
     ]
 
 
+def share_of(requests: Sequence[Request], share: tuple[int, int]) -> list[Request]:
+    """The requests of one share (index, count): of every count-th prompt in the order of their ids.
+
+    So the samples of a prompt are in one share, which reads it once.
+    """
+    index, count = share
+    prompts = sorted({request.prompt_id for request in requests})
+    mine = set(prompts[index::count])
+    return [request for request in requests if request.prompt_id in mine]
+
+
+class Work(NamedTuple):
+    """What to sample.
+
+    Attributes:
+        requests: of all shares.
+        plan: of all `requests`.
+        share: (index, count) of runs that meet in the store alone; nothing waits for the others.
+    """
+
+    requests: Sequence[Request]
+    plan: Plan
+    share: tuple[int, int] = (0, 1)
+
+    def pending(self, store: Store) -> tuple[list[Request], int]:
+        """Of this share, what the store does not hold yet, and how much it holds."""
+        done, mine = store.committed_keys(), share_of(self.requests, self.share)
+        left = [r for r in mine if (r.prompt_id, r.sample_index) not in done]
+        return left, len(mine) - len(left)
+
+
 def collect(
     job: SamplingJob,
     store: Store,
-    requests: Sequence[Request],
-    plan: Plan,
+    work: Work,
     on_sample: Callable[[Sample], None],
     flush_seconds: float,
 ) -> None:
-    """Sample what the store does not hold yet. Each process writes its own share of the records.
+    """Sample what the store does not hold yet. Each process writes its part of the records.
 
-    What is sampled after an interruption is what would have been sampled without it, to the bit:
-    slots and shapes follow from all requests, not from those that are left.
+    What is sampled after an interruption, or by one of several shares, is what would have been
+    sampled without that, to the bit: slots and shapes follow from all requests, not from those that
+    are left.
 
     Args:
-        plan: of all `requests`.
         on_sample: called with each new sample, whichever process writes it.
         flush_seconds: finished records are committed this often.
     """
     barrier("collect")  # every process sees the same commits, so that all sample the same rest
-    done = store.committed_keys()
-    pending = [r for r in requests if (r.prompt_id, r.sample_index) not in done]
+    pending, _ = work.pending(store)
     rank, count = jax.process_index(), jax.process_count()
-    owner = {(r.prompt_id, r.sample_index): i % count for i, r in enumerate(requests)}
+    owner = {(r.prompt_id, r.sample_index): i % count for i, r in enumerate(work.requests)}
     flushed = time.monotonic()
-    with store.writer(process_index=rank) as writer:
-        for sample in generate(job, pending, plan):
+    with store.writer(process_index=work.share[0] * count + rank) as writer:
+        for sample in generate(job, pending, work.plan):
             key = (sample.request.prompt_id, sample.request.sample_index)
             if owner[key] == rank:
                 writer.append(to_record(sample))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from opd_jax.stages.common import Outcome, SampleTask, sample, sample_inputs
+from opd_jax.stages.common import Outcome, SampleTask, sample_inputs, sample_outcome
 from opd_jax.stages.context import RunContext
+from opd_jax.stages.gaps import lacking_records
 from opd_jax.stages.records import Artefact, Json
 
 FOLDER = "answers"
@@ -23,9 +24,12 @@ def artefacts(ctx: RunContext) -> list[Artefact]:
     return [ctx.store_artefact(FOLDER)]
 
 
+def gap(ctx: RunContext, outputs: Json) -> str:
+    """Records that have gone since."""
+    return lacking_records(ctx, _task(ctx), outputs["snapshot"])
+
+
 def run(ctx: RunContext) -> Outcome:
     """Sample, freeze."""
-    _, snapshot = sample(ctx, _task(ctx), {"kind": "answers"})
-    tokens = int(snapshot.lengths()[1].sum())
-    outputs = {"snapshot": snapshot.hash, "teacher": ctx.identity("teacher").to_json()}
-    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+    made_by = {"teacher": ctx.identity("teacher").to_json()}
+    return sample_outcome(ctx, _task(ctx), {"kind": "answers"}, made_by)

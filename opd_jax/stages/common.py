@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from opd_jax.config import SamplingConfig
-from opd_jax.core.distributed import barrier
+from opd_jax.core.distributed import barrier, from_first, is_first
 from opd_jax.core.lineage import Identity
 from opd_jax.core.progress import StageProgress, say, stage_line
+from opd_jax.core.run_lock import share_lock
 from opd_jax.data.records import Record
 from opd_jax.data.store import Store, create_store
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import DataError
-from opd_jax.sampling.collect import collect, requests_for
+from opd_jax.sampling.collect import Work, collect, requests_for
 from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import SamplingJob, plan_for
 from opd_jax.sampling.slots import Sample
@@ -43,6 +46,8 @@ class Stage:
     inputs: Callable[[], Json]
     run: Callable[[], Outcome]
     artefacts: Callable[[], Sequence[Artefact]]
+    gap: Callable[[Json], str] = lambda outputs: ""
+    """What has gone, in words, of what made these outputs; empty: nothing."""
 
 
 class SampleTask(NamedTuple):
@@ -69,28 +74,74 @@ def sample_inputs(ctx: RunContext, task: SampleTask) -> Json:
 
 def sample(ctx: RunContext, task: SampleTask, meta: Json) -> tuple[Store, Snapshot]:
     """Sample whatever the store does not hold yet, and freeze it."""
-    prompts = ctx.encoded_prompts(task.split)
-    requests = requests_for(prompts, task.sampling.samples_per_prompt)
-    store = _create(ctx, task, meta)
-    done = len(store.committed_keys())
+    requests, store = _requests(ctx, task), _create(ctx, task, meta)
+    _sample_rest(ctx, task, store, requests)
+    return store, _freeze(store, requests, task)
+
+
+def sample_outcome(ctx: RunContext, task: SampleTask, meta: Json, made_by: Json) -> Outcome:
+    """Sample whatever is missing of this run's share, and freeze all if nothing else is missing.
+
+    Args:
+        made_by: outputs beside the snapshot.
+    """
+    requests, store = _requests(ctx, task), _create(ctx, task, meta)
+    with _share_held(ctx, task, store):
+        _sample_rest(ctx, task, store, requests)
+        if ctx.share is not None and not _all_there(store, requests):
+            return Outcome({}, {}, complete=False)
+        snapshot = _freeze(store, requests, task)
+        if is_first():
+            store.end_shares()
+    tokens = int(snapshot.lengths()[1].sum())
+    outputs = {"snapshot": snapshot.hash, **made_by}
+    return Outcome(outputs, {"records": len(snapshot), "tokens": tokens})
+
+
+@contextlib.contextmanager
+def _share_held(ctx: RunContext, task: SampleTask, store: Store) -> Generator[None]:
+    """Raises OPDError if this run's share is being done, or shares of another number are."""
+    if ctx.share is None:
+        yield
+        return
+    index, count = ctx.share
+    beside = ctx.store_artefact(task.folder)
+    folder = beside.parent if isinstance(beside, Path) else ctx.run_dir
+    with share_lock(folder, f"{task.stage}.share-{index + 1}-of-{count}"):
+        if is_first():
+            store.begin_shares(count)
+        yield
+
+
+def _all_there(store: Store, requests: Sequence[Request]) -> bool:
+    """As process 0 sees it: other runs may be writing."""
+    wanted = {(request.prompt_id, request.sample_index) for request in requests}
+    return from_first("" if wanted - store.committed_keys() else "all") == "all"
+
+
+def _requests(ctx: RunContext, task: SampleTask) -> list[Request]:
+    return requests_for(ctx.encoded_prompts(task.split), task.sampling.samples_per_prompt)
+
+
+def _sample_rest(
+    ctx: RunContext, task: SampleTask, store: Store, requests: Sequence[Request]
+) -> None:
     model, params = ctx.checkpoint_model(task.checkpoint)
     tokenizer = ctx.tokenizer("student")
     text = tokenizer.decode if task.sampling.stop else None
     job = SamplingJob(model, params, task.sampling, tokenizer.end_ids, ctx.seed(task.stream), text)
     unit = "sampled" if task.sampling.temperature else "greedy answers"
-    plan = plan_for(job, requests)
-    if done < len(requests) and task.split != "eval":  # each checkpoint would say it
-        say(stage_line(task.stage, str(plan)))
-    with StageProgress(task.stage, len(requests), unit, done) as progress:
+    work = Work(requests, plan_for(job, requests), ctx.share or (0, 1))
+    pending, done = work.pending(store)
+    if pending and task.split != "eval":  # each checkpoint would say it
+        say(stage_line(task.stage, str(work.plan)))
+    with StageProgress(task.stage, len(pending) + done, unit, done) as progress:
         lengths = _Lengths()
 
         def on_sample(sample: Sample) -> None:
             progress.add(1, len(sample.token_ids), lengths.note(sample))
 
-        collect(job, store, requests, plan, on_sample, ctx.config.flush_seconds)
-    snapshot = store.freeze()
-    _check_complete(snapshot, requests, task)
-    return store, snapshot
+        collect(job, store, work, on_sample, ctx.config.flush_seconds)
 
 
 class _Lengths:
@@ -120,12 +171,14 @@ def _create(ctx: RunContext, task: SampleTask, meta: Json) -> Store:
     return create_store(ctx.store_root(task.folder), content)
 
 
-def _check_complete(snapshot: Snapshot, requests: Sequence[Request], task: SampleTask) -> None:
+def _freeze(store: Store, requests: Sequence[Request], task: SampleTask) -> Snapshot:
+    snapshot = store.freeze()
     if len(snapshot) != len(requests):
         raise DataError(
             f"{task.folder}: holds {len(snapshot)} records, {len(requests)} were asked for; "
             f"--force {task.stage} samples them again"
         )
+    return snapshot
 
 
 class ScoreTask(NamedTuple):

@@ -19,7 +19,7 @@ from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.data.tokenizer_probe import parts_of
 from opd_jax.errors import ConsistencyError, DataError
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.fingerprint import weights_fingerprint
+from opd_jax.model.fingerprint import files_stamp, weights_fingerprint
 from opd_jax.model.load import architecture_of, padding_start, read_model, resolve_dtype
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.stages.records import Artefact, Json, StageRecords, read_json, write_json
@@ -43,7 +43,7 @@ class RunContext:
     mesh: Mesh
     records: StageRecords
     share: tuple[int, int] | None = None
-    """(index, count): score this share alone, beside runs that meet in the store alone."""
+    """(index, count): do this share of a stage alone, beside runs that meet in the store alone."""
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def settings(self, node: Any) -> Json:
@@ -86,11 +86,16 @@ class RunContext:
         check_tokenizers(self.tokenizer("student"), self.tokenizer("teacher"))
 
     def model(self, role: Role) -> tuple[LanguageModel, Params]:
-        """A model of the config with its parameters; kept for the next stage that asks."""
+        """A model of the config with its parameters; kept for the next stage that asks.
+
+        Raises:
+            ConsistencyError: its files have changed since the run first read them.
+        """
         key = ("model", role)
         if key not in self._cache:
             config = self.config.model
-            self._cache[key] = read_model(
+            self._check_files(role)
+            loaded = read_model(
                 self.path(role),
                 config.param_dtype,
                 self.compute_dtype,
@@ -99,8 +104,10 @@ class RunContext:
                 config.attention,
                 self.tokenizer(role).vocab_size,
             )
-            rows = self._cache[key][0].arch.vocab_size
+            self._check_files(role)
+            rows = loaded[0].arch.vocab_size
             self.tokenizer(role).check_vocabulary(rows, self.path(role))
+            self._cache[key] = loaded
         return self._cache[key]
 
     def release_models(self) -> None:
@@ -116,17 +123,35 @@ class RunContext:
         return self._cache[key]
 
     def identity(self, role: Role) -> Identity:
-        """Who a model of the config is; of large weights this is kept beside them."""
+        """Who a model of the config is; of large weights this is kept beside them.
+
+        Raises:
+            ConsistencyError: its files have changed since the run first read them.
+        """
         key, path = ("identity", role), self.path(role)
         if key not in self._cache:
-            self._cache[key] = Identity(
+            self._check_files(role)
+            identity = Identity(
                 path,
                 self._weights_fingerprint(path),
                 architecture_fingerprint(architecture_of(path)),
                 self.tokenizer(role).fingerprint,
                 self._tokenizer_parts(role),
             )
+            self._check_files(role)
+            self._cache[key] = identity
         return self._cache[key]
+
+    def _check_files(self, role: Role) -> None:
+        """A run reads a model once a stage, and asks only once who it is."""
+        now, path = files_stamp(Path(self.path(role))), self.path(role)
+        then = self._cache.setdefault(("files", role), now)
+        changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        if changed:
+            raise ConsistencyError(
+                f"model.{role}: {', '.join(changed)} of {path} changed since this run first read "
+                "it; run again: if the weights are others, that is another model"
+            )
 
     def _weights_fingerprint(self, path: str) -> str:
         """Process 0 reads the files for all."""

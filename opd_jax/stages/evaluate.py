@@ -18,12 +18,14 @@ from opd_jax.stages.common import (
     Outcome,
     SampleTask,
     ScoreTask,
+    pass_name,
     sample,
     sample_inputs,
     score,
     thought_and_answer,
 )
 from opd_jax.stages.context import RunContext
+from opd_jax.stages.gaps import lacking_records, lacking_scores
 from opd_jax.stages.records import Artefact, Json
 
 SHOWN = 200  # samples kept as text; the report picks a few of them
@@ -55,6 +57,11 @@ def _task(ctx: RunContext, name: str, *, greedy: bool) -> SampleTask:
     return SampleTask(stage, f"{_folder(name)}/{kind}", name, "eval", sampling, "evaluate")
 
 
+def _scoring(ctx: RunContext, name: str) -> ScoreTask:
+    teacher = ctx.identity("teacher")
+    return ScoreTask(f"evaluate.{name}", teacher, 0, ctx.config.score.batch_tokens)
+
+
 def inputs(ctx: RunContext, name: str) -> Json:
     """What the figures depend on."""
     if name == "sft":
@@ -75,6 +82,17 @@ def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
     return [texts] if stores == texts else [texts, stores]
 
 
+def gap(ctx: RunContext, name: str, outputs: Json) -> str:
+    """Samples and scores that have gone since."""
+    task = _task(ctx, name, greedy=False)
+    found = lacking_records(ctx, task, None)
+    if not found and "reverse_kl" in outputs:
+        found = lacking_scores(ctx, task.folder, pass_name(_scoring(ctx, name)), None)
+    if not found and "greedy_n" in outputs.get("eval", {}):
+        found = lacking_records(ctx, _task(ctx, name, greedy=True), None)
+    return found
+
+
 def run(ctx: RunContext, name: str) -> Outcome:
     """Temperature 1 for accuracy and reverse KL; greedy answers beside it where asked for."""
     config = ctx.config.evaluate
@@ -87,9 +105,7 @@ def run(ctx: RunContext, name: str) -> Outcome:
     if config.grader != "none":
         outputs["eval"] = _accuracy(ctx, records, answers, "")
     if name != "teacher":
-        teacher = ctx.identity("teacher")
-        scoring = ScoreTask(task.stage, teacher, 0, ctx.config.score.batch_tokens)
-        scores, _ = score(ctx, scoring, store, snapshot)
+        scores, _ = score(ctx, _scoring(ctx, name), store, snapshot)
         outputs["reverse_kl"] = _reverse_kl(
             records, [s.logprob for s in scores.read_many(snapshot, range(len(snapshot)))]
         )

@@ -7,58 +7,49 @@ import resource
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from opd_jax.config import Config, EvaluateConfig, LoopConfig, SamplingConfig, TrainRun
+from opd_jax.config import Config
 from opd_jax.config_load import dump_config
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
 from opd_jax.data.store_files import StoreFiles
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import ConfigError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
+from opd_jax.stages.before import check_batches, check_inputs
 from opd_jax.stages.common import Stage
-from opd_jax.stages.context import ROLES, RunContext, Split
+from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, StageRecords, exists
 from opd_jax.stages.summary import write_summary
-from opd_jax.stages.training import check_adapters
 
-PARTS = ("inputs", "run", "artefacts")
+PARTS = ("inputs", "run", "artefacts", "gap")  # those that keep a store have the last
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
 
 
 def stages_of(ctx: RunContext) -> list[Stage]:
     """All stages of a config, in order; `report` comes after them and is always made anew."""
-    single = {"answer": answer, "sft": sft, "rollout": rollout, "score": score}
-
-    def plain(name: str) -> Stage:
-        module = single[name]
-        return Stage(
-            name,
-            partial(module.inputs, ctx),
-            partial(module.run, ctx),
-            partial(module.artefacts, ctx),
-        )
-
-    def named(module: object, kind: str, name: str) -> Stage:
-        parts = (
-            partial(getattr(module, part), ctx, name) for part in ("inputs", "run", "artefacts")
-        )
-        return Stage(f"{kind}.{name}", *parts)
-
     return [
-        *(plain(name) for name in ("answer", "sft", "rollout", "score")),
-        *(named(train, "train", name) for name in ctx.config.train.enabled),
-        *(named(evaluate, "evaluate", name) for name in evaluate.names(ctx)),
-        *(named(export, "export", name) for name in ctx.config.train.enabled),
+        _stage("answer", answer, ctx),
+        _stage("sft", sft, ctx),
+        _stage("rollout", rollout, ctx),
+        _stage("score", score, ctx),
+        *(_stage(f"train.{name}", train, ctx, name) for name in ctx.config.train.enabled),
+        *(_stage(f"evaluate.{name}", evaluate, ctx, name) for name in evaluate.names(ctx)),
+        *(_stage(f"export.{name}", export, ctx, name) for name in ctx.config.train.enabled),
     ]
+
+
+def _stage(name: str, module: object, *given: RunContext | str) -> Stage:
+    parts = [part for part in PARTS if hasattr(module, part)]
+    return Stage(name, *(partial(getattr(module, part), *given) for part in parts))
 
 
 def run(
@@ -75,7 +66,7 @@ def run(
         stages: names to run (`train` means every `train.NAME`); `None`: all.
         force: stages to redo, complete or not.
         plan_only: print what is done and what is not, and stop.
-        share: (index, count); do this share of the score stage alone.
+        share: (index, count); do this share of the one chosen stage alone.
 
     Raises:
         OPDError: as its message says.
@@ -94,7 +85,7 @@ def run(
     with run_lock(ctx.run_dir, shared=share is not None):
         store = f"store {config.store}, " if config.store else ""
         say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices()}")
-        _check_inputs(ctx, {name.split(".")[0] for name in chosen})
+        check_inputs(ctx, {name.split(".")[0] for name in chosen})
         for stage in all_stages:
             barrier(stage.name)
             if stage.name in chosen:
@@ -119,7 +110,7 @@ def open_run(
         if config.store is not None:
             StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
     mesh = make_mesh(config.mesh)
-    _check_batches(config, axis_size(mesh, "batch"))
+    check_batches(config, axis_size(mesh, "batch"))
     return RunContext(config, run_dir, mesh, StageRecords(run_dir), share)
 
 
@@ -133,93 +124,6 @@ def _make_folder(run_dir: Path) -> None:
         raise ConfigError(
             f"run_dir '{run_dir}' cannot be written ({error.strerror}); choose another folder"
         ) from error
-
-
-def _check_batches(config: Config, ways: int) -> None:
-    """Every forward pass of training must be divisible over the devices.
-
-    Without `micro_batch_size`, OPD rounds its packed rows up; SFT has `batch_size` of them.
-    """
-    loops: dict[str, LoopConfig] = {"sft": config.sft}
-    loops |= {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-    for key, loop in loops.items():
-        field = "batch_size" if loop.micro_batch_size is None else "micro_batch_size"
-        opd = isinstance(loop, TrainRun) and loop.algorithm != "sft"
-        if opd and field == "batch_size":
-            continue
-        rows = getattr(loop, field)
-        if rows % ways:
-            raise ConfigError(
-                f"{key}.{field}={rows} is not divisible over {ways} devices (mesh.data x "
-                "mesh.fsdp x mesh.expert); change it, or the mesh"
-            )
-
-
-def _check_inputs(ctx: RunContext, kinds: set[str]) -> None:
-    """What is wrong with a prompt file or a vocabulary is said before hours of work.
-
-    Args:
-        kinds: of the chosen stages; what only others need may be missing.
-    """
-    config = ctx.config
-    if kinds - {"export"}:
-        _check_vocabulary(ctx)
-        check_adapters(ctx)
-    if kinds & {"answer", "sft"}:
-        _check_enough(_fitting(ctx, "sft", config.answer), config.answer, {"sft": config.sft})
-    if kinds & {"rollout", "train"}:
-        runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-        stored = {key: run for key, run in runs.items() if run.algorithm == "lightning_opd"}
-        _check_enough(_fitting(ctx, "opd", config.rollout), config.rollout, stored)
-    if "evaluate" in kinds:
-        _fitting(ctx, "eval", config.evaluate)
-        _check_answers(ctx)
-
-
-def _fitting(ctx: RunContext, split: Split, sampling: SamplingConfig | EvaluateConfig) -> int:
-    """How many prompts a split has; raises DataError if one leaves no room for its response."""
-    prompts, new = ctx.encoded_prompts(split), sampling.max_new_tokens
-    longest, ids = max(prompts, key=lambda prompt: len(prompt[1]))
-    for role in ROLES:
-        positions = ctx.program(role).arch.max_position
-        if len(ids) + new > positions:
-            raise DataError(
-                f"{getattr(ctx.config.prompts, split)}: prompt '{longest}' has {len(ids)} tokens; "
-                f"with max_new_tokens={new} that exceeds the {positions} positions of the {role}, "
-                f"{ctx.path(role)}; shorten the prompt, or lower max_new_tokens"
-            )
-    return len(prompts)
-
-
-def _check_vocabulary(ctx: RunContext) -> None:
-    ctx.check_models()
-    top_k, tokens = ctx.config.score.top_k, ctx.program("teacher").vocabulary
-    if top_k > tokens:
-        raise ConfigError(
-            f"score.top_k={top_k} is more than the teacher's vocabulary of {tokens}; lower it"
-        )
-
-
-def _check_answers(ctx: RunContext) -> None:
-    prompts = ctx.prompts("eval")
-    missing = [prompt.id for prompt in prompts if prompt.answer is None]
-    if missing and ctx.config.evaluate.grader != "none":
-        raise DataError(
-            f"{ctx.config.prompts.eval}: prompt '{missing[0]}' has no answer to grade with "
-            f"({len(missing)} like it); add 'answer', or set evaluate.grader=none"
-        )
-
-
-def _check_enough(prompts: int, sampling: SamplingConfig, loops: Mapping[str, LoopConfig]) -> None:
-    """A batch takes different records, and SFT packs several of them into a row."""
-    records = prompts * sampling.samples_per_prompt
-    for key, loop in loops.items():
-        left = records - min(loop.heldout, records // 10)
-        if left < loop.batch_size:
-            raise ConfigError(
-                f"{key}.batch_size={loop.batch_size} is more than the {left} samples of {prompts} "
-                f"prompts that are not held out; lower it, or add prompts or samples_per_prompt"
-            )
 
 
 def _write_config(ctx: RunContext) -> None:
@@ -249,10 +153,13 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
     barrier(f"inputs of {stage.name}")
     ctx.records.check_inputs(stage.name, inputs)
-    record = ctx.records.done(stage.name)
-    if record is not None and all(here):
+    record = ctx.records.done(stage.name) if all(here) else None
+    gap = "" if record is None else stage.gap(record["outputs"])
+    if record is not None and not gap:
         say(stage_line(stage.name, f"done before, in {record['seconds']:.1f} s"))
         return
+    if gap:
+        say(stage_line(stage.name, f"done before, but {gap}: making it good"))
     barrier(f"start of {stage.name}")
     _write_config(ctx)
     part = stage.name if ctx.share is None else "{}.share-{}-of-{}".format(stage.name, *ctx.share)
@@ -270,19 +177,30 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
     if not outcome.complete:
         say(stage_line(stage.name, "this share is done, others are not"))
         return
-    shares = ctx.records.share_seconds(stage.name)
     ctx.records.finish(
         stage.name,
         {
             "inputs": inputs,
             "outputs": outcome.outputs,
             "counts": outcome.counts,
-            "seconds": round(seconds + max(shares, default=0.0), 3),
-            "device_seconds": round((seconds + sum(shares)) * ctx.mesh.size, 3),
-            "peak_host_gib": peak_host_gib(),
+            **_cost(ctx, stage.name, seconds, record),
         },
     )
     ctx.records.drop_aside(stage.name, stage.artefacts())
+
+
+def _cost(ctx: RunContext, name: str, seconds: float, before: Json | None) -> Json:
+    """What this run and all shares took, and what that took `before` which is made good now."""
+    shares = ctx.records.share_seconds(name)
+    taken = seconds + max(shares, default=0.0)
+    device = (seconds + sum(shares)) * ctx.mesh.size
+    if before is not None:
+        taken, device = taken + before["seconds"], device + before["device_seconds"]
+    return {
+        "seconds": round(taken, 3),
+        "device_seconds": round(device, 3),
+        "peak_host_gib": peak_host_gib(),
+    }
 
 
 def peak_host_gib() -> float:

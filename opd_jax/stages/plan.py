@@ -49,6 +49,8 @@ def states_of(
         if source is not None or changes:
             changed.add(stage.name)
         states[stage.name] = _state(ctx, stage, changes, source, stage.name in forced)
+        if ready and states[stage.name].kind == "done" and (gap := _gap(ctx, stage)):
+            states[stage.name] = State("pending", f"pending ({gap})")
     return states
 
 
@@ -74,6 +76,10 @@ def _changes(ctx: RunContext, stage: Stage) -> list[str]:
     return [
         f"{key} {old} -> {new}" for key, old, new in ctx.records.changes(record, stage.inputs())
     ]
+
+
+def _gap(ctx: RunContext, stage: Stage) -> str:
+    return stage.gap(ctx.records.outputs(stage.name, stage.name))
 
 
 def _state(

@@ -12,6 +12,7 @@ from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.stages.common import Outcome, ScoreTask, pass_name, score
 from opd_jax.stages.context import RunContext
+from opd_jax.stages.gaps import lacking_scores
 from opd_jax.stages.records import Artefact, Json, write_json
 from opd_jax.teacher.summary import lines, summarize
 
@@ -43,6 +44,12 @@ def artefacts(ctx: RunContext) -> list[Artefact]:
         ctx.store_artefact(f"{FOLDER}/teacher/{pass_name(_task(ctx))}"),
         ctx.run_dir / SUMMARY,
     ]
+
+
+def gap(ctx: RunContext, outputs: Json) -> str:
+    """Scores that have gone since, or that were of records which were sampled again."""
+    snapshot = ctx.records.outputs("rollout", "score")["snapshot"]
+    return lacking_scores(ctx, FOLDER, outputs["pass"], snapshot)
 
 
 def run(ctx: RunContext) -> Outcome:

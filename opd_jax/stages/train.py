@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opd_jax.algo.losses import Terms
-from opd_jax.config import TrainRun
+from opd_jax.config_train import TrainRun
 from opd_jax.core.lineage import Identity
 from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
@@ -174,5 +174,9 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Jso
 
 
 def _control(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:
+    """More of the answers that the student learnt from: `answer` may have been redone since."""
+    teacher, where = ctx.recorded("sft", "sft_teacher"), "answers/dataset.json"
+    wrote = recorded(open_store(ctx.store_root("answers")).meta, "generator", where, "answer")
+    check_same_model(teacher, wrote, "the teacher of the answers", where, "answer")
     prepared = prepare_answers(ctx, config, f"train.{name}", "control")
-    return prepared, {"teacher": ctx.recorded("sft", "sft_teacher").to_json()}
+    return prepared, {"teacher": teacher.to_json()}

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
-from opd_jax.config import LoopConfig
+from opd_jax.config_train import LoopConfig
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.lineage import Identity, fingerprint_json
 from opd_jax.core.metrics import MetricsWriter
 from opd_jax.core.progress import StageProgress, say, stage_line
 from opd_jax.data.store import open_store
 from opd_jax.data.store_snapshot import Snapshot
-from opd_jax.errors import ConfigError
-from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import Params
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
@@ -99,19 +97,6 @@ SHOWN = {
 def _evaluated(figures: Figures) -> str:
     parts = (text.format(figures[name]) for name, text in SHOWN.items() if name in figures)
     return "  ".join(parts)
-
-
-def check_adapters(ctx: RunContext) -> None:
-    """Raises ConfigError if a run is to train adapters that the student or the mesh cannot have."""
-    config = ctx.config
-    loops: dict[str, LoopConfig] = {"sft": config.sft}
-    loops |= {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-    for key, loop in loops.items():
-        if loop.lora is not None:
-            try:
-                Adapters(ctx.program("student"), loop.lora).abstract()
-            except ConfigError as error:
-                raise ConfigError(f"{key}.{error}") from error
 
 
 def _note(objective: Objective, values: dict[str, float]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_jax.algo.losses import Terms
-from opd_jax.config import SamplingConfig, TrainRun
+from opd_jax.config import SamplingConfig
+from opd_jax.config_train import TrainRun
 from opd_jax.data.collate import Scored
 from opd_jax.data.records import Record
 from opd_jax.data.store_pass import TeacherPass

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from opd_jax.config import GuardConfig, LoopConfig, SFTConfig
+from opd_jax.config_train import GuardConfig, LoopConfig, SFTConfig
 
 Figures = dict[str, float]
 

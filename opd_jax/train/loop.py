@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.algo.losses import averages
-from opd_jax.config import LoopConfig
+from opd_jax.config_train import LoopConfig
 from opd_jax.core.mesh import put_batch
 from opd_jax.core.preemption import Preemption
 from opd_jax.core.progress import say

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax.config import LoopConfig, OptimConfig
+from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel
 from opd_jax.train.moments import scale_by_adam

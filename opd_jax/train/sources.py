@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from opd_jax.config import LoopConfig, SamplingConfig, TrainRun
+from opd_jax.config import SamplingConfig
+from opd_jax.config_train import LoopConfig, TrainRun
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.collate import (
     Batch,

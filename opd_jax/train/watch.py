@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_jax.config import LoopConfig
+from opd_jax.config_train import LoopConfig
 from opd_jax.model.transformer import Params
 from opd_jax.train import checkpoint
 from opd_jax.train.guard import Figures, Guard, Saturation

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_jax.core.run_lock import run_lock
+from opd_jax.core.run_lock import run_lock, share_lock
 from opd_jax.errors import ConfigError
 
 
@@ -22,4 +22,16 @@ def test_only_shares_are_in_a_run_folder_together(tmp_path, first, second, toget
             ):
                 pass
     with run_lock(tmp_path):
+        pass
+
+
+def test_a_share_is_done_once_at_a_time(tmp_path):
+    first, second = (share_lock(tmp_path, f"rollout.share-{i}-of-2") for i in (1, 2))
+    again = share_lock(tmp_path, "rollout.share-1-of-2")
+    with first, second, pytest.raises(ConfigError) as caught, again:
+        pass
+    told = str(caught.value)
+    assert told.startswith(f"rollout.share-1-of-2 in '{tmp_path}' is being done by process ")
+    assert told.endswith("; wait until it ends, or start another share")
+    with share_lock(tmp_path, "rollout.share-1-of-2"):
         pass

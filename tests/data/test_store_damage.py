@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_jax.config import TrainRun
+from opd_jax.config_train import TrainRun
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store, open_store
 from opd_jax.data.store_files import StoreFiles, encode_document

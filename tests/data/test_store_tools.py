@@ -297,6 +297,24 @@ def test_scores_of_segments_that_are_gone_or_replaced_are_named(root):
     assert any(line.startswith(f"{snapshot}: ") for line in problems)
 
 
+def test_scores_of_records_that_were_sampled_again_count_no_longer_and_are_no_damage(root):
+    first = min(root.glob("commits/*.json"))
+    first.unlink()
+    store = open_store(root)
+    write(store, [make_record(i) for i in range(7)])
+    snapshot = store.freeze()
+    assert [path.stem for path in root.glob("snapshots/*")] == [snapshot.hash]
+    scoring = store.open_pass("big")
+    assert scoring.committed_records(snapshot) == set(range(7, RECORDS))
+    with scoring.writer(snapshot) as writer:
+        for index in range(7):
+            writer.append(index, make_scores(make_record(index)))
+    found = findings(root)
+    assert found.problems == []
+    gone = f"has scores of segment {first.stem}, whose records were sampled again; nothing reads"
+    assert any(gone in note for note in found.notes)
+
+
 def test_records_scored_twice_and_snapshots_that_miscount_are_named(root):
     (snapshot,) = root.glob("snapshots/*")
     rewrite(snapshot, records=RECORDS + 1)

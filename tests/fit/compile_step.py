@@ -12,7 +12,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from opd_jax.config import LoopConfig, MeshConfig
+from opd_jax.config import MeshConfig
+from opd_jax.config_train import LoopConfig
 from opd_jax.core.mesh import batch_sharding, make_mesh
 from opd_jax.fit.topology import devices_of
 from opd_jax.model.architecture import Architecture

@@ -8,7 +8,7 @@ import pytest
 from opd_jax.config import SamplingConfig
 from opd_jax.data.store import create_store
 from opd_jax.errors import ModelError
-from opd_jax.sampling.collect import collect, requests_for
+from opd_jax.sampling.collect import Work, collect, requests_for, share_of
 from opd_jax.sampling.sampler import SamplingJob, plan_for
 from tests.sampling.reference import random_params, tiny_model
 
@@ -34,10 +34,30 @@ def test_a_broken_checkpoint_stops_the_run_and_keeps_what_was_finished(tmp_path)
     job = SamplingJob(model, poisoned(model), sampling, (3, 5), 7)
     store = create_store(tmp_path, {})
     with pytest.raises(ModelError, match=r"prompt 'sick', sample 0: .* position 0 ") as caught:
-        collect(job, store, requests, plan_for(job, requests), told.append, flush_seconds=1e9)
+        collect(job, store, Work(requests, plan_for(job, requests)), told.append, flush_seconds=1e9)
     assert "\n" not in str(caught.value)
     finished = {("fine", i) for i in range(7)}
     assert {(s.request.prompt_id, s.request.sample_index) for s in told} == finished
     assert store.committed_keys() == finished
     records = store.freeze().read_many(range(7))
     assert sorted(len(r.response_ids) for r in records) == [1, 1, 1, 6, 6, 6, 6]
+
+
+def test_shares_are_all_requests_once_and_a_prompt_s_samples_together():
+    names = [f"p{number}" for number in range(11)]
+    requests = requests_for([(name, [1, 2]) for name in names], samples=3)
+    shares = [share_of(requests, (index, 4)) for index in range(4)]
+    keys = [[(r.prompt_id, r.sample_index) for r in share] for share in shares]
+    assert sorted(key for share in keys for key in share) == sorted(
+        (r.prompt_id, r.sample_index) for r in requests
+    )
+    prompts = [{name for name, _ in share} for share in keys]
+    assert [len(names) for names in prompts] == [3, 3, 3, 2]
+    assert [len(share) for share in shares] == [9, 9, 9, 6]
+    # Whatever the order of the prompt file, which is no input of a stage.
+    assert {r.prompt_id for r in share_of(requests[::-1], (1, 4))} == prompts[1]
+
+
+def test_there_may_be_more_shares_than_prompts():
+    requests = requests_for([("only", [1, 2])], samples=5)
+    assert [len(share_of(requests, (index, 3))) for index in range(3)] == [5, 0, 0]

@@ -156,6 +156,18 @@ def test_answers_that_are_not_those_of_the_record(run, do, refused, tmp_path):
     )
 
 
+def test_a_control_on_answers_that_the_student_did_not_learn_from(run, do, refused, tmp_path):
+    wrote, _, _ = teachers_of(run)
+    assert do("answer", f"model.teacher={changed_teacher(tmp_path / 'other')}") == 0
+    found = json.loads((run / "stages/answer.json").read_text())["outputs"]["teacher"]
+    control = ("train.enabled=[sft_longer]", "train.runs.sft_longer.steps=1")
+    assert refused("train.sft_longer", *control) == (
+        "the teacher of the answers recorded in answers/dataset.json is "
+        f"{named(tmp_path / 'other', found)}, expected {named(wrote['name'], wrote)}; they differ "
+        "in weights; redo it with --force answer"
+    )
+
+
 def test_rollouts_by_another_student(run, do, refused):
     old = json.loads((run / "checkpoints/sft/lineage.json").read_text())["model"]
     assert do("sft", "sft.steps=2") == 0

@@ -1,4 +1,4 @@
-"""Scoring shared out to two programs that meet in the store alone, one of which is killed."""
+"""Stages shared out to programs that meet in the store alone, one of which is killed."""
 
 import json
 import os
@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from tiny_run import ROOT, arguments
 
+from opd_jax.core.run_lock import share_lock
 from opd_jax.data.store import open_store
+from opd_jax.data.store_rows import record_digest
+from opd_jax.main import main
 
 LIMIT_SECONDS = 200
 SETTINGS = ("prompts.opd_limit=48", "score.batch_tokens=32", "score.top_k=4")
@@ -108,3 +111,106 @@ def test_shares_in_one_run_folder_add_up_to_the_cost_of_the_stage(tmp_path):
     assert record["counts"]["records"] == 48
     assert record["seconds"] <= record["device_seconds"] < 2.001 * record["seconds"]
     assert "done before" in finish(start(run_dir, "--stages", "score"))
+
+
+def digests(root):
+    snapshot = open_store(root).freeze()
+    records = snapshot.read_many(range(len(snapshot)))
+    return {(r.prompt_id, r.sample_index): record_digest(r) for r in records}
+
+
+def writers(root):
+    """How many segments each writer has committed."""
+    names = [path.name.split("-")[0] for path in (root / "commits").glob("*.json")]
+    return {name: names.count(name) for name in names}
+
+
+def answers(run_dir, *more):
+    return arguments(run_dir, "prompts.sft_limit=9", "--stages", "answer", *more)
+
+
+def record_of_stage(run_dir):
+    return json.loads((run_dir / "stages" / "answer.json").read_text())
+
+
+def test_the_last_share_of_the_answers_freezes_them(tmp_path, capsys, instant):
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    assert main(answers(straight)) == 0
+    capsys.readouterr()
+    assert main(answers(run_dir, "--share", "2/2")) == 0
+    assert "this share is done, others are not" in capsys.readouterr().out
+    assert not (run_dir / "stages" / "answer.json").exists()
+    assert writers(run_dir / "answers") == {"w00001": 2}
+    assert main(["--verify", str(run_dir / "answers")]) == 0
+    assert "no part of the store" not in capsys.readouterr().out
+    assert main(answers(run_dir, "--share", "1/2")) == 0
+    assert writers(run_dir / "answers") == {"w00000": 2, "w00001": 2}
+    want, got = (record_of_stage(folder) for folder in (straight, run_dir))
+    for part in ("inputs", "outputs", "counts"):
+        assert got[part] == want[part]
+    assert digests(run_dir / "answers") == digests(straight / "answers")
+    assert not (run_dir / "answers" / "shares.json").exists()
+    assert main(answers(run_dir, "--share", "2/2")) == 0
+    assert "done before" in capsys.readouterr().out
+
+
+def test_shares_of_another_number_and_a_share_twice_are_refused(tmp_path, capsys, instant):
+    """From one run folder or from another."""
+    words = (f"store={tmp_path / 'store'}", "--share")
+    assert main(answers(tmp_path / "one", *words, "1/2")) == 0
+    document = tmp_path / "store" / "answers" / "shares.json"
+    capsys.readouterr()
+    for name in ("one", "two"):
+        assert main(answers(tmp_path / name, *words, "2/3")) == 2
+        assert capsys.readouterr().err == (
+            f"opd_jax: error: {document}: 2 shares are under way, this is one of 3: both would "
+            "write the same records; start I/2, or delete that file once none of them runs any "
+            "more\n"
+        )
+    with share_lock(tmp_path / "store", "answer.share-2-of-2"):
+        assert main(answers(tmp_path / "two", *words, "2/2")) == 2
+        assert "answer.share-2-of-2 in" in capsys.readouterr().err
+    assert main(answers(tmp_path / "two", *words, "2/2")) == 0
+    assert not document.exists()
+
+
+@pytest.mark.slow
+def test_two_shares_sample_the_rollouts_of_one_run_though_one_was_killed(tmp_path):
+    """Each has a run folder of its own, that holds what the rollouts depend on."""
+    straight, store = tmp_path / "straight", tmp_path / "store"
+    words = ("rollout.samples_per_prompt=2",)
+    finish(start(straight, *words, "--stages", "answer,sft"))
+    folders = [
+        shutil.copytree(straight, tmp_path / name, ignore=shutil.ignore_patterns("answers"))
+        for name in ("first", "second")
+    ]
+    finish(start(straight, *words, "--stages", "rollout"))
+
+    def part(number):
+        share = ("--share", f"{number}/2", f"store={store}")
+        return start(folders[number - 1], *words, "--stages", "rollout", *share)
+
+    root, second, deadline = store / "rollouts", part(2), time.monotonic() + LIMIT_SECONDS
+    while writers(root).get("w00001", 0) < 2:
+        assert second.poll() is None, second.communicate()[0].decode()
+        assert time.monotonic() < deadline, "never sampled anything"
+        time.sleep(0.002)
+    second.kill()
+    second.communicate()
+    before, one = writers(root), part(1)
+    finish(part(2))
+    finish(one)
+    after = writers(root)
+    assert before["w00001"] < after["w00001"]
+    assert after["w00000"] > 2
+    want = digests(straight / "rollouts")
+    assert len(want) == 96
+    assert digests(root) == want
+    assert main(["--verify", str(root)]) == 0
+    assert not (root / "shares.json").exists()
+    records = [folder / "stages" / "rollout.json" for folder in folders]
+    done = [json.loads(record.read_text()) for record in records if record.exists()]
+    wanted = json.loads((straight / "stages" / "rollout.json").read_text())
+    assert done  # by the one that was last, or by both
+    for part_of in ("inputs", "outputs", "counts"):
+        assert all(record[part_of] == wanted[part_of] for record in done)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from models import tiny
 
-from opd_jax.config import LoopConfig, LoraConfig, MeshConfig, OptimConfig
+from opd_jax.config import MeshConfig
+from opd_jax.config_train import LoopConfig, LoraConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.train import checkpoint
 from opd_jax.train.loop import Source, TrainJob, run_training

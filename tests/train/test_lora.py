@@ -7,7 +7,8 @@ import optax
 import pytest
 from models import tiny
 
-from opd_jax.config import LoopConfig, LoraConfig, MeshConfig, OptimConfig
+from opd_jax.config import MeshConfig
+from opd_jax.config_train import LoopConfig, LoraConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh, put_batch
 from opd_jax.errors import ConfigError
 from opd_jax.model.linear import CONTRACTED

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from models import tiny
 
-from opd_jax.config import LoopConfig, MeshConfig, OptimConfig
+from opd_jax.config import MeshConfig
+from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh, replicated
 from opd_jax.train.moments import OCTAVES, STORAGES, block_length, scale_by_adam
 from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from models import tiny
 
-from opd_jax.config import LoopConfig, SamplingConfig, TrainRun
+from opd_jax.config import SamplingConfig
+from opd_jax.config_train import LoopConfig, TrainRun
 from opd_jax.data.collate import pack
 from opd_jax.data.loader import step_order
 from opd_jax.data.records import Record, Scores

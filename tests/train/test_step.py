@@ -6,7 +6,8 @@ import optax
 import pytest
 from models import tiny
 
-from opd_jax.config import LoopConfig, MeshConfig, OptimConfig
+from opd_jax.config import MeshConfig
+from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh, put_batch
 from opd_jax.errors import ConfigError
 from opd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
