@@ -111,10 +111,9 @@ def top_k_logprobs(
             "bcd,nvd->bcnv", hidden, head_nvd, preferred_element_type=jnp.float32
         )
         logits_bcnv = without_padding(logits_bcnv, (2, 3), padded_from)
-        lse_bc = jax.nn.logsumexp(logits_bcnv, axis=(-2, -1))
-        logprob_bcnv = logits_bcnv - lse_bc[..., None, None]
+        logprob_bcnv = jax.nn.log_softmax(logits_bcnv, axis=(-2, -1))
         entropy_bc = -jnp.sum(jnp.exp(logprob_bcnv) * logprob_bcnv, axis=(-2, -1))
-        target_bc = _pick(logits_bcnv, ids[..., None], 0, head_nvd.shape[1])[..., 0] - lse_bc
+        target_bc = _pick(logprob_bcnv, ids[..., None], 0, head_nvd.shape[1])[..., 0]
         values, top_ids = _top_k_of_pieces(logprob_bcnv, k)
         return None, TopK(target_bc, entropy_bc, top_ids, values)
 
@@ -160,17 +159,13 @@ def _pieces(t: int, entries: int) -> int:
     return min(t, max(1, BLOCK_LOGITS // entries))
 
 
-def _pick(logits_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
-    """[b, t, s]: the logits of those of `ids_bts` that are in the block, 0 for all others.
-
-    Args:
-        start: the block's first row in each of the n pieces of `size` rows.
-    """
-    n, c = logits_btnc.shape[-2:]
+def _pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
+    """[b, t, s]: entries of `ids_bts` in the rows from `start` of n pieces of `size`; else 0."""
+    n, c = block_btnc.shape[-2:]
     first_n = jnp.arange(n, dtype=jnp.int32) * size + start
     at_btns = ids_bts[:, :, None] - first_n[None, None, :, None]
     here = (at_btns >= 0) & (at_btns < c)
-    found = jnp.take_along_axis(logits_btnc, jnp.clip(at_btns, 0, c - 1), axis=-1)
+    found = jnp.take_along_axis(block_btnc, jnp.clip(at_btns, 0, c - 1), axis=-1)
     return jnp.sum(jnp.where(here, found, 0.0), axis=2)
 
 
@@ -205,9 +200,9 @@ def _chosen_fwd(
 ) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
     like = jnp.zeros((0,), head_vd.dtype)
     head_vd = _gathered(head_vd, hidden_btd.dtype, plan.mesh)
-    logit_bts, lse_bt, entropy_bt, logits = _forward(hidden_btd, head_vd, ids_bts, plan)
+    logprob_bts, lse_bt, entropy_bt, logits = _forward(hidden_btd, head_vd, ids_bts, plan)
     saved = _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like, logits)
-    return (logit_bts - lse_bt[..., None], entropy_bt), saved
+    return (logprob_bts, entropy_bt), saved
 
 
 def _chosen_bwd(
@@ -282,7 +277,7 @@ def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array, at: Any, plan: _Pl
 def _forward(
     hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array, _Blocks]:
-    """Chosen logits, log-sum-exp and entropy, float32; and the logits that are kept."""
+    """Chosen log-probs, log-sum-exp and entropy, float32; and the logits that are kept."""
 
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
     def body(
@@ -312,10 +307,13 @@ def _forward(
     begin = (zero + LOWEST, zero, zero, jnp.zeros(ids_bts.shape, jnp.float32))
     found, logits = _over_vocabulary(head_vd, plan, body, begin, _Blocks(None, None))
     top, total, spread, chosen_bts = found
-    lse_bt = jax.nn.logsumexp(top + jnp.log(total), axis=-1)
+    top_bt = jnp.max(top, axis=-1)
+    log_total_bt = jnp.log(jnp.sum(total * jnp.exp(top - top_bt[..., None]), axis=-1))
+    logprob_bts = (chosen_bts - top_bt[..., None]) - log_total_bt[..., None]
+    lse_bt = top_bt + log_total_bt
     above = lse_bt[..., None] - top
     entropy_bt = jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1)
-    return chosen_bts, lse_bt, entropy_bt, logits
+    return logprob_bts, lse_bt, entropy_bt, logits
 
 
 def _normaliser_grads(
