@@ -12,6 +12,7 @@ from opd_jax.core.mesh import make_mesh
 from opd_jax.data.store import create_store
 from opd_jax.errors import DataError
 from opd_jax.teacher import score
+from opd_jax.teacher.batches import score_batches
 from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.self_test import self_test
 from tests.teacher.test_score import make_records
@@ -28,7 +29,7 @@ def snapshot(tmp_path):
 
 def run_test(scorer, snapshot):
     """What the score stage does first."""
-    batches = score.score_batches(sum(snapshot.lengths()), scorer)
+    batches = score_batches(sum(snapshot.lengths()), scorer)
     return self_test(scorer, snapshot, batches[0])
 
 
