@@ -199,7 +199,8 @@ def _open_pass(
     ctx: RunContext, task: ScoreTask, store: Store, snapshot: Snapshot, scorer: Scorer
 ) -> TeacherPass:
     """The pass, made once the teacher has shown to be sound: a bad one leaves nothing behind."""
-    tokens_r = sum(snapshot.lengths())
+    prompt_r, response_r = snapshot.lengths()
+    tokens_r = prompt_r + response_r
     batches = score_batches(tokens_r, scorer)
     name, meta = pass_name(task), _pass_meta(ctx, task, snapshot, scorer, batches)
     repair = f"set it as it was when the pass began, or begin anew with --force {task.stage}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_jax.core.run_lock import run_lock
+from opd_jax.core.run_lock import file_lock, run_lock
 from opd_jax.errors import ConfigError
 
 
@@ -22,4 +22,14 @@ def test_only_shares_are_in_a_run_folder_together(tmp_path, first, second, toget
             ):
                 pass
     with run_lock(tmp_path):
+        pass
+
+
+def test_a_file_lock_says_what_it_guards_and_what_else_can_be_done(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with (
+        file_lock(path, "share 1/2", "do another share"),
+        pytest.raises(ConfigError, match=r"share 1/2 is in use by process .* or do another share"),
+        file_lock(path, "share 1/2", "do another share"),
+    ):
         pass

@@ -40,6 +40,21 @@ def test_a_sound_teacher_passes(snapshot, mesh):
     assert "the same twice to the bit" in line
 
 
+@pytest.mark.parametrize("batch_tokens", [40, 256])
+def test_there_are_two_shapes_whatever_the_batch(snapshot, monkeypatch, batch_tokens):
+    """Of 40 tokens a batch has one row: more columns are the other shape then."""
+    model, params = tiny()
+    right, seen = Scorer.score, []
+
+    def noted(self, packed, length, rows):
+        seen.append((length, rows))
+        return right(self, packed, length, rows)
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    run_test(Scorer(model, params, batch_tokens=batch_tokens), snapshot)
+    assert seen[0] == seen[1] != seen[2]
+
+
 def test_a_teacher_that_says_nothing(snapshot):
     model, params = tiny()
     silent = {**params, "final_norm": params["final_norm"] * 0}
