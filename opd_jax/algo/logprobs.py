@@ -113,9 +113,9 @@ def top_k_logprobs(
         logits_bcnv = without_padding(logits_bcnv, (2, 3), padded_from)
         logprob_bcnv = jax.nn.log_softmax(logits_bcnv, axis=(-2, -1))
         entropy_bc = -jnp.sum(jnp.exp(logprob_bcnv) * logprob_bcnv, axis=(-2, -1))
-        target_bc = _pick(logprob_bcnv, ids[..., None], 0, head_nvd.shape[1])[..., 0]
+        target_bcn = _pick(logprob_bcnv, ids[..., None], 0, head_nvd.shape[1])[..., 0]
         values, top_ids = _top_k_of_pieces(logprob_bcnv, k)
-        return None, TopK(target_bc, entropy_bc, top_ids, values)
+        return None, TopK(jnp.sum(target_bcn, axis=-1), entropy_bc, top_ids, values)
 
     _, out = jax.lax.scan(body, None, (_cut(hidden_btd, chunk), _cut(ids_bt, chunk)))
     return jax.tree.map(lambda x: _join(x, hidden_btd.shape[1]), out)
@@ -160,13 +160,13 @@ def _pieces(t: int, entries: int) -> int:
 
 
 def _pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
-    """[b, t, s]: entries of `ids_bts` in the rows from `start` of n pieces of `size`; else 0."""
+    """[b, t, n, s]: entries of ids in the rows from `start` of n pieces of `size`; else 0."""
     n, c = block_btnc.shape[-2:]
     first_n = jnp.arange(n, dtype=jnp.int32) * size + start
     at_btns = ids_bts[:, :, None] - first_n[None, None, :, None]
     here = (at_btns >= 0) & (at_btns < c)
     found = jnp.take_along_axis(block_btnc, jnp.clip(at_btns, 0, c - 1), axis=-1)
-    return jnp.sum(jnp.where(here, found, 0.0), axis=2)
+    return jnp.where(here, found, 0.0)
 
 
 class _Blocks(NamedTuple):
@@ -283,7 +283,7 @@ def _forward(
     def body(
         head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], _: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        top_btn, total_btn, spread_btn, chosen_bts = carry
+        top_btn, total_btn, spread_btn, chosen_btns = carry
         logits_ncbt = None
         if plan.keep:
             logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
@@ -293,7 +293,7 @@ def _forward(
                 "btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32
             )
             logits_btnc = without_padding(logits_btnc, (2, 3), plan.padded_from, start, plan.size)
-        chosen_bts += _pick(logits_btnc, ids_bts, start, plan.size)
+        chosen_btns += _pick(logits_btnc, ids_bts, start, plan.size)
         new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
         below = logits_btnc - new_top[..., None]
         weight = jnp.exp(below)
@@ -301,15 +301,15 @@ def _forward(
         spread_btn = (spread_btn + total_btn * moved) * jnp.exp(moved)
         spread_btn += jnp.sum(weight * below, axis=-1)
         total_btn = total_btn * jnp.exp(moved) + jnp.sum(weight, axis=-1)
-        return (new_top, total_btn, spread_btn, chosen_bts), logits_ncbt
+        return (new_top, total_btn, spread_btn, chosen_btns), logits_ncbt
 
     zero = jnp.zeros((*hidden_btd.shape[:2], plan.shards), jnp.float32)
-    begin = (zero + LOWEST, zero, zero, jnp.zeros(ids_bts.shape, jnp.float32))
+    begin = (zero + LOWEST, zero, zero, jnp.zeros((*zero.shape, ids_bts.shape[-1])))
     found, logits = _over_vocabulary(head_vd, plan, body, begin, _Blocks(None, None))
-    top, total, spread, chosen_bts = found
+    top, total, spread, chosen_btns = found
     top_bt = jnp.max(top, axis=-1)
     log_total_bt = jnp.log(jnp.sum(total * jnp.exp(top - top_bt[..., None]), axis=-1))
-    logprob_bts = (chosen_bts - top_bt[..., None]) - log_total_bt[..., None]
+    logprob_bts = (jnp.sum(chosen_btns, axis=2) - top_bt[..., None]) - log_total_bt[..., None]
     lse_bt = top_bt + log_total_bt
     above = lse_bt[..., None] - top
     entropy_bt = jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1)
