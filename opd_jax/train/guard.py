@@ -45,7 +45,7 @@ class Guard:
     def look(self, steps: int, figures: Figures) -> Verdict:
         """Judge the figures after `steps` steps."""
         if not self.first:
-            self.first = dict(figures)
+            self.first = finite(figures)
         judge, sign = judge_of(figures)
         better = judge is not None and _better(figures[judge], self.best, sign)
         if judge is not None and better:
@@ -95,6 +95,11 @@ class Guard:
         best = state["best"]
         found = None if best is None else (float(best[0]), int(best[1]))
         return Guard(config, state["first"], found, state["warned"])
+
+
+def finite(figures: Figures) -> Figures:
+    """The figures that JSON can hold."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def judge_of(figures: Figures) -> tuple[str | None, int]:

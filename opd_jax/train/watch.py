@@ -10,7 +10,7 @@ from typing import Any
 from opd_jax.config_train import LoopConfig
 from opd_jax.model.transformer import Params
 from opd_jax.train import checkpoint
-from opd_jax.train.guard import Figures, Guard, Saturation
+from opd_jax.train.guard import Figures, Guard, Saturation, finite
 from opd_jax.train.probes import Probe
 
 Report = Callable[[int, Figures, list[str]], None]
@@ -56,7 +56,8 @@ class Watch:
             warnings += verdict.warnings
             self.stopped = verdict.stop
             if verdict.best:
-                checkpoint.save(self.directory, steps, params, {"figures": figures}, keep=1)
+                meta = {"figures": finite(figures)}
+                checkpoint.save(self.directory, steps, params, meta, keep=1)
         self.report(steps, figures, warnings)
 
     def chosen(self, params: Params, abstract: Params) -> tuple[Params, int | None]:

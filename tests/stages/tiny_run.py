@@ -32,6 +32,11 @@ TINY = (
         f"train.runs.{name}.optim.warmup_steps=0"
         for name in ("opd", "opd_topk", "opd_online", "sft_longer")
     ),
+    "sft.eval_every=3",
+    *(
+        f"train.runs.{name}.eval_every=3"
+        for name in ("opd", "opd_topk", "opd_online", "sft_longer")
+    ),
     "score.batch_tokens=512",
     "flush_seconds=0",
 )

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -74,6 +75,12 @@ def test_a_restored_guard_goes_on_as_if_nothing_had_happened():
         found.append(guard.look(step, figure))
     assert found == wanted
     assert Guard.restored(config, None) == Guard(config)
+
+
+def test_what_is_kept_of_a_single_sample_is_valid_json():
+    guard = Guard(GuardConfig())
+    guard.look(0, {"fresh_accuracy": 1.0, "fresh_accuracy_stderr": math.nan})
+    assert json.loads(json.dumps(guard.state(), allow_nan=False))["first"] == {"fresh_accuracy": 1}
 
 
 def test_saturation_is_said_once_and_again_after_it_fell():
