@@ -19,6 +19,14 @@ TITLES = {
     "half_squared_advantage": ("Half squared advantage", "½A², nats² per token"),
     "reverse_kl_estimate": ("Reverse KL estimate", "−mean A on the batch, nats per token"),
     "topk_kl": ("Top-k KL", "student to teacher on the teacher's stored tokens, nats per token"),
+    "heldout_half_squared_advantage": ("Held-out ½A²", "on held-out rollouts, nats² per token"),
+    "heldout_w_std": ("Held-out w", "standard deviation over tokens of held-out rollouts"),
+    "heldout_log_w": ("Held-out log W", "mean over held-out responses of the sum of log w"),
+    "heldout_iw_reverse_kl": ("Weighted reverse KL", "held-out rollouts weighted by W, per token"),
+    "fresh_reverse_kl": ("Fresh reverse KL", "fresh samples scored by the teacher, per token"),
+    "fresh_accuracy": ("Fresh accuracy", "fresh samples of held-out prompts"),
+    "heldout_nll": ("Held-out NLL", "nats per token of held-out answers"),
+    "heldout_gap": ("Held-out gap", "NLL over the teacher's own, nats per token"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "w": ("Importance weight w", "student over sampling policy; band: ± one standard deviation"),
     "entropy": ("Student entropy", "nats per token"),
@@ -26,8 +34,19 @@ TITLES = {
     "clipped": ("Clipped advantages", "share of tokens with |A| > τ"),
     "update_ratio": ("Update ratio", "size of the update over size of the parameters"),
     "learning_rate": ("Learning rate", "after warm-up and schedule"),
+    "tokens_per_second": ("Speed", "response tokens per second of a step"),
+    "mfu": ("Model FLOPs utilisation", "of the devices' peak"),
 }
 """The known metrics in the order of the page; others follow under their own names."""
+
+_OF_EVALUATIONS = ("heldout_", "fresh_")
+_UNSEEN = {
+    *("w_std", "warnings", "skipped", "step_seconds", "data_wait", "padding", "memory_gib"),
+    *("abs_advantage", "fresh_tokens", "fresh_truncated", "fresh_accuracy_stderr"),
+    *("fresh_reverse_kl_stderr", "heldout_w", "heldout_chi2", "heldout_entropy"),
+    *("heldout_effective_share", "heldout_reverse_kl_estimate", "heldout_teacher_nll"),
+}
+"""For `metrics.jsonl` alone."""
 
 SURROGATE = "a surrogate of the sampled objective: its value says nothing, ½A² is the objective's"
 """What the loss of a run of that objective is."""
@@ -61,7 +80,7 @@ class _Series:
 
 def draw_run(entries: Sequence[dict[str, Any]], label: str) -> list[Panel]:
     """The panels of one run's metrics. `label` keeps the ids of a page's drawings apart."""
-    names = {name for entry in entries for name in entry} - _LABELS - {"w_std"}
+    names = {name for entry in entries for name in entry} - _LABELS - _UNSEEN
     panels = []
     for name in [*(n for n in TITLES if n in names), *sorted(names - TITLES.keys())]:
         title, caption = TITLES.get(name, (name.replace("_", " "), ""))
@@ -85,7 +104,8 @@ def running_mean(values: Sequence[float], share: float = SMOOTHED_SHARE) -> list
 
 
 def _series(entries: Sequence[dict[str, Any]], name: str) -> _Series:
-    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    later = name.startswith(_OF_EVALUATIONS)  # these are of the state after the step
+    points = [(entry["step"] + later, entry[name]) for entry in entries if name in entry]
     return _Series([step for step, _ in points], [value for _, value in points])
 
 

@@ -48,15 +48,19 @@ def test_the_run_folder_holds_what_it_promises(finished):
         assert (finished / "export" / name / "model.safetensors").is_file()
     assert "<html" in (finished / "report.html").read_text()
     lines = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if x["run"] == "opd"] == [0, 1, 2]
-    assert all(np.isfinite(x["loss"]) for x in lines)
+    steps = [x for x in lines if "loss" in x]
+    assert [x["step"] for x in steps if x["run"] == "opd"] == [0, 1, 2]
+    assert all(np.isfinite(x["loss"]) for x in steps)
+    looks = [x for x in lines if "warnings" in x]
+    assert [x["step"] for x in looks if x["run"] == "opd"] == [-1, 2]
+    assert all(x["heldout_w_std"] < 0.1 for x in looks if x["run"] == "opd")
 
 
 def test_offline_at_step_0_has_ratio_one(finished):
     """The student still is the one that sampled: w = 1 within rounding."""
     lines = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
     for run in ("opd", "opd_topk"):
-        first = next(x for x in lines if x["run"] == run)
+        first = next(x for x in lines if x["run"] == run and x["step"] == 0)
         assert first["w"] == pytest.approx(1.0, abs=1e-4)
         assert first["w_std"] < 1e-3
 

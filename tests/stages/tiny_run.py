@@ -29,14 +29,11 @@ TINY = (
     "train.runs.sft_longer.steps=2",
     "train.runs.sft_longer.batch_size=4",
     *(
-        f"train.runs.{name}.optim.warmup_steps=0"
+        f"train.runs.{name}.{setting}"
         for name in ("opd", "opd_topk", "opd_online", "sft_longer")
+        for setting in ("optim.warmup_steps=0", "eval_every=3")
     ),
     "sft.eval_every=3",
-    *(
-        f"train.runs.{name}.eval_every=3"
-        for name in ("opd", "opd_topk", "opd_online", "sft_longer")
-    ),
     "score.batch_tokens=512",
     "flush_seconds=0",
 )
