@@ -111,8 +111,8 @@ class Saver:
             self._error = error
 
     def settle(self) -> None:
-        """Between two steps, on all processes."""
-        if self._thread is None:
+        """Between two steps, on all processes: what failed in the background is raised here."""
+        if self._thread is None or not self._thread.is_alive():
             self.finish()
 
     def finish(self) -> None:
@@ -139,8 +139,10 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.finish()
+        elif self._thread is not None:
+            self._thread.join()  # what ends the run is told, not a save that failed beside it
 
 
 @contextlib.contextmanager
@@ -190,6 +192,14 @@ def restore(
     _same_leaves(folder, document["tree"], _leaves(abstract_tree))
     tree = ocp.load(str(folder / "state"), abstract_tree)
     return tree, document["meta"], wanted
+
+
+def discard_others(directory: str | os.PathLike[str], step: int | None) -> None:
+    """Removes all steps but one. Called by every process, process 0 does it."""
+    if jax.process_index() == 0:
+        for other in complete_steps(directory):
+            if other != step:
+                _remove_step(_step_folder(directory, other))
 
 
 def _step_folder(directory: str | os.PathLike[str], step: int) -> Path:

@@ -45,7 +45,7 @@ class Guard:
     def look(self, steps: int, figures: Figures) -> Verdict:
         """Judge the figures after `steps` steps."""
         if not self.first:
-            self.first = dict(figures)
+            self.first = {name: x for name, x in figures.items() if math.isfinite(x)}
         judge, sign = judge_of(figures)
         better = judge is not None and _better(figures[judge], self.best, sign)
         if judge is not None and better:
@@ -135,7 +135,8 @@ class Saturation:
 
     def look(self, gap: float) -> str | None:
         """A line to print at the first of three evaluations in a row that are flat."""
-        before, self.gaps = self.flat, [*self.gaps[-2:], gap]
+        before = self.flat
+        self.gaps = [*self.gaps[-2:], gap] if math.isfinite(gap) else []
         if before or not self.flat:
             return None
         return (
