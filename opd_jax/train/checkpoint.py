@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from opd_jax.data.store_files import StoreFiles
+from opd_jax.data.store_files import TENSORSTORE_ERRORS, StoreFiles, short_cause
 from opd_jax.errors import DataError
 
 COMPLETE = "complete.json"
@@ -71,8 +71,9 @@ class _Save:
         """Returns when the step is there as a whole. Called by every process."""
         with _written(self._folder):
             self._response.result()
-            _barrier(f"{self._folder.name} is written")
-            if jax.process_index() == 0:
+        _barrier(f"{self._folder.name} is written")
+        if jax.process_index() == 0:
+            with _written(self._folder):
                 body = {**self._document, "files": _digests(self._folder)}
                 StoreFiles(self._folder).write_document(COMPLETE, body)
                 _prune(self._directory, self._keep)
@@ -149,9 +150,9 @@ class Saver:
 def _written(folder: Path) -> Generator[None]:
     try:
         yield
-    except OSError as error:
+    except TENSORSTORE_ERRORS as error:  # Orbax hands them on as they are
         repair = "free space or choose another run_dir"
-        raise DataError(f"{folder}: cannot be written ({_one_line(error)}); {repair}") from error
+        raise DataError(f"{folder}: cannot be written ({short_cause(error)}); {repair}") from error
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -204,10 +205,6 @@ def discard_others(directory: str | os.PathLike[str], step: int | None) -> None:
 
 def _step_folder(directory: str | os.PathLike[str], step: int) -> Path:
     return Path(os.path.abspath(directory)) / f"{step:08d}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _barrier(name: str) -> None:
