@@ -17,6 +17,9 @@ from safetensors.numpy import load_file
 from test_processes import free_port
 from tiny_run import ROOT, arguments
 
+from opd_jax.main import main
+from opd_jax.train.sources import offline_source
+
 TIMES = ("step_seconds", "tokens_per_second", "data_wait", "memory_gib", "mfu")
 LIMIT_SECONDS = 300
 STATE = "checkpoints/opd/state"
@@ -161,8 +164,7 @@ def assert_close(run_dir, straight):
     wanted = metrics(straight)
     for line, want in zip(metrics(run_dir), wanted, strict=True):
         assert line == pytest.approx(want, rel=1e-4, abs=1e-4)
-    files = (folder / "export" / "opd" / "model.safetensors" for folder in (run_dir, straight))
-    got, want = map(load_file, files)
+    got, want = map(model_of, (run_dir, straight))
     assert got.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=1e-5, err_msg=name)
@@ -183,3 +185,73 @@ def test_a_full_disk_is_one_line_and_training_goes_on_from_the_last_checkpoint(s
     finish(start(run_dir, 1, *TRAIN))
     assert weights(run_dir) == weights(straight)
     assert metrics(run_dir) == metrics(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["flipped", "truncated"])
+def test_a_damaged_checkpoint_is_named_and_the_repair_goes_on_from_the_one_before(
+    straight, tmp_path, harm
+):
+    run_dir = shutil.copytree(straight, tmp_path / "damaged")
+    cut(run_dir, 6)
+    newest = run_dir / STATE / "00000006"
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    largest.write_bytes(raw if harm == "flipped" else raw[:-1])
+    errors = finish(start(run_dir, 1, *TRAIN), 2)
+    (line,) = [line for line in errors.splitlines() if "rror" in line]
+    assert line.startswith(f"opd_jax: error: {largest}: damaged")
+    (folder,) = re.findall(r"; delete (\S+) to go on from step 5$", line)
+    assert folder == str(newest)
+    shutil.rmtree(folder)
+    finish(start(run_dir, 1, *TRAIN))
+    assert weights(run_dir) == weights(straight)
+    assert metrics(run_dir) == metrics(straight)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A stored score of step 2 is NaN."""
+
+    def wrapped(*given):
+        source = offline_source(*given)
+
+        def start(step):
+            next_batch = source.start(step)
+
+            def harmed(step, current):
+                batch = next_batch(step, current)
+                return batch | {"teacher_bt": batch["teacher_bt"] * (np.nan if step == 2 else 1)}
+
+            return harmed
+
+        return source._replace(start=start)
+
+    monkeypatch.setattr("opd_jax.stages.train.offline_source", wrapped)
+
+
+@pytest.mark.slow
+def test_a_score_that_is_nan_names_its_records_and_can_be_skipped(
+    scored, tmp_path, capsys, poisoned
+):
+    run_dir = shutil.copytree(scored, tmp_path / "poisoned")
+    words = arguments(run_dir, *TRAIN, "mesh.fsdp=1", "mesh.data=4")
+    assert main(words) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("opd_jax: error: step 2: loss nan, gradient norm nan, update ratio nan")
+    named = re.search(
+        r", of ('opd-\d+'/0, ){2}'opd-\d+'/0 and 5 more; the last checkpoint in", line
+    )
+    assert named is not None
+    assert "\n" not in line
+    assert max(int(path.name) for path in (run_dir / STATE).iterdir()) == 2
+    assert main([*words, "train.runs.opd.on_nonfinite=skip"]) == 0
+    assert record(run_dir)["counts"]["skipped"] == 1
+    steps = {line["step"]: line.get("skipped") for line in metrics(run_dir) if "loss" in line}
+    assert steps == {0: None, 1: None, 2: 1.0, 3: None, 4: None, 5: None}
+    assert all(np.isfinite(value).all() for value in model_of(run_dir).values())
+
+
+def model_of(run_dir):
+    return load_file(run_dir / "export" / "opd" / "model.safetensors")
