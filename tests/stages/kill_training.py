@@ -24,6 +24,7 @@ SETTINGS = (
     "train.runs.opd.steps=60",
     "train.runs.opd.eval_every=3",
     "train.runs.opd.guard.final=best",
+    "evaluate.grader=none",  # the weighted reverse KL judges: it gets better step by step
 )
 STATE = "checkpoints/opd/state"
 
@@ -68,7 +69,7 @@ def main(folder):
     straight, killed = folder / "straight", folder / "killed"
     finish(fork(folder, straight, *SETTINGS, "--stages", "answer,sft,rollout,score"))
     shutil.copytree(straight, killed)
-    train = (*SETTINGS, "--stages", "train")
+    train = (*SETTINGS, "--stages", "train.opd")
     pid = fork(folder, straight, *train)
     wait_until(pid, lambda: touched(straight))
     began = time.monotonic()

@@ -24,7 +24,7 @@ TIMES = ("step_seconds", "tokens_per_second", "data_wait", "memory_gib", "mfu")
 LIMIT_SECONDS = 300
 STATE = "checkpoints/opd/state"
 SETTINGS = ("prompts.opd_limit=40", "train.runs.opd.steps=6", "train.runs.opd.eval_every=2")
-TRAIN = (*SETTINGS, "--stages", "train,export")
+TRAIN = (*SETTINGS, "--stages", "train.opd,export.opd")
 
 
 def weights(run_dir):
@@ -63,6 +63,7 @@ def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
     assert steps == list(range(60))
     reports = [line["step"] for line in lines if "loss" not in line]
     assert reports == [-1, *range(2, 60, 3)]
+    assert record(killed)["counts"]["best_step"] > 30
     for part in ("inputs", "outputs", "counts"):
         assert record(killed)[part] == record(straight)[part]
     saves = re.findall(r"opd_jax: SIGTERM: step (\d+) is saved in .*; the same command goes", log)
@@ -128,7 +129,7 @@ def test_training_goes_on_on_another_mesh(straight, tmp_path):
     """Saved on one device and gone on with on four, and back: the parameters within 1e-5."""
     four, mesh = shutil.copytree(straight, tmp_path / "four"), ("mesh.fsdp=2", "mesh.tensor=2")
     cut(four, 5)
-    finish(start(four, 4, *SETTINGS, *mesh, "--stages", "train,export"))
+    finish(start(four, 4, *SETTINGS, *mesh, "--stages", "train.opd,export.opd"))
     assert_close(four, straight)
     seconds, device = (record(four)[name] for name in ("seconds", "device_seconds"))
     before = record(straight)["seconds"]

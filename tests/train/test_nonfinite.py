@@ -17,6 +17,7 @@ from opd_jax.train.loop import MOST_SKIPPED, Source, TrainJob, run_training
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import Objective, abstract_state, init_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 OPTIM = OptimConfig(learning_rate=1e-3, schedule="wsd", decay_share=1.0, warmup_steps=2)
 
 

@@ -19,6 +19,7 @@ from opd_jax.train.loop import Source, TrainJob, run_training
 from opd_jax.train.step import Objective
 from opd_jax.train.watch import Watch
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ONE = MeshConfig(fsdp=1)
 CUT = MeshConfig(fsdp=2, tensor=2)
 STEPS = 6
