@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline, or look after a store.
 
     The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged,
-    130 for Ctrl-C, 143 for SIGTERM during training.
+    130 for Ctrl-C, 143 for SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
@@ -131,12 +131,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from opd_jax.core import distributed
 
     distributed.start(arguments.coordinator, arguments.processes, arguments.rank)
+    from opd_jax.core import preemption
     from opd_jax.stages import pipeline
 
     stages = None if arguments.stages is None else _names([arguments.stages])
     share = None if arguments.share is None else _share(arguments)
     force = _names(arguments.force)
-    pipeline.run(config, stages=stages, force=force, plan_only=arguments.plan, share=share)
+    with preemption.raising():
+        pipeline.run(config, stages=stages, force=force, plan_only=arguments.plan, share=share)
     return 0
 
 
@@ -225,6 +227,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises, too
     warnings.filterwarnings("ignore", module=rf"({'|'.join(_NOISY)})\b")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import types
@@ -42,6 +43,14 @@ def pipeline(monkeypatch):
     monkeypatch.setitem(sys.modules, "opd_jax.stages.pipeline", fake)
     monkeypatch.setattr("opd_jax.stages.pipeline", fake, raising=False)
     return fake
+
+
+def test_sigterm_in_any_stage_ends_with_its_line(config_path, pipeline, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert main(["--config", config_path]) == 143
+    assert capsys.readouterr().err == "opd_jax: SIGTERM; the same command goes on from here\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_overrides_and_options_mix_and_reach_the_pipeline(config_path, pipeline):

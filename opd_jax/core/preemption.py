@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Generator
 from types import FrameType, TracebackType
 from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from opd_jax.errors import Preempted
 
 
 class Preemption:
@@ -17,11 +21,12 @@ class Preemption:
     with Preemption() as notice:
         for step in range(steps):
             ...
-            if notice.reached(step): save and stop
+            notice.ask(step)
+            if notice.came: save and stop
     """
 
     def __init__(self) -> None:
-        self._noted = threading.Event()
+        self.came = False
         self._before: object = None
         self._ours = False
 
@@ -35,7 +40,7 @@ class Preemption:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.set()
+        self.came = True
 
     def __exit__(
         self,
@@ -46,8 +51,28 @@ class Preemption:
         if self._ours:
             signal.signal(signal.SIGTERM, self._before)  # pyright: ignore[reportArgumentType]
 
-    def reached(self, step: int) -> bool:
-        """Whether to save after this step. All processes have to ask at every step: they agree."""
-        if jax.process_count() == 1:
-            return self._noted.is_set()
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+    def ask(self, step: int) -> None:
+        """All processes have to ask at every step: `came` is then the same on all of them."""
+        # The service says so at one step only, which may be one that no run can stop at.
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.came = True
+
+
+@contextlib.contextmanager
+def raising() -> Generator[None]:
+    """SIGTERM raises Preempted, as Ctrl-C raises KeyboardInterrupt: a stage can end as it does.
+
+    Only the main thread may do so; among several processes SIGTERM is jax.distributed's.
+    """
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Preempted("SIGTERM")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from opd_jax.config import Config
+from opd_jax.config import Config, ScoreConfig
 from opd_jax.core.distributed import from_first, is_first
 from opd_jax.core.lineage import Identity, TokenizerParts, fingerprint_json, fingerprint_params
 from opd_jax.core.rng import stable_hash
@@ -30,8 +30,8 @@ Role = Literal["student", "teacher"]
 ROLES: tuple[Role, ...] = ("student", "teacher")
 Split = Literal["sft", "opd", "eval"]
 EncodedPrompt = tuple[str, list[int]]
-NOT_INPUTS = frozenset({"slots", "save_every", "micro_batch_size", "batch_tokens"})
-"""Config keys that change how fast a result is there, not what it is."""
+NOT_INPUTS = frozenset({"slots", "save_every", "micro_batch_size", "on_nonfinite"})
+"""Config keys that change how fast a result is there, or whether, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ class RunContext:
 
     def settings(self, node: Any) -> Json:
         """A config node as a stage's input."""
-        return {k: v for k, v in node.model_dump(mode="json").items() if k not in NOT_INPUTS}
+        # Of scores it is the cost; of a training run, which records a step takes.
+        cost = {"batch_tokens"} if isinstance(node, ScoreConfig) else set[str]()
+        found = node.model_dump(mode="json")
+        return {k: v for k, v in found.items() if k not in NOT_INPUTS | cost}
 
     def seed(self, stream: str) -> int:
         """A seed of its own for every purpose."""

@@ -27,7 +27,7 @@ from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, 
 from opd_jax.stages.before import check_batches, check_inputs
 from opd_jax.stages.common import Stage
 from opd_jax.stages.context import RunContext
-from opd_jax.stages.records import Json, StageRecords, exists
+from opd_jax.stages.records import Json, Spent, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 
 PARTS = ("inputs", "run", "artefacts", "gap")  # those that keep a store have the last
@@ -166,14 +166,14 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
     try:
         with _timed(ctx, part, inputs) as elapsed:
             outcome = stage.run()
-            seconds = elapsed()
+            spent = elapsed()
     except BaseException:
         ctx.records.put_back(stage.name, stage.artefacts())
         raise
     barrier(f"end of {stage.name}")
     if ctx.share is not None:
-        ctx.records.tick(part, inputs, seconds)
-        seconds = 0.0  # it is among those of the shares
+        ctx.records.tick(part, inputs, spent)
+        spent = Spent()  # it is among those of the shares
     if not outcome.complete:
         say(stage_line(stage.name, "this share is done, others are not"))
         return
@@ -183,24 +183,22 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
             "inputs": inputs,
             "outputs": outcome.outputs,
             "counts": outcome.counts,
-            **_cost(ctx, stage.name, seconds, record),
+            **_cost(ctx, stage.name, spent, record),
         },
     )
     ctx.records.drop_aside(stage.name, stage.artefacts())
 
 
-def _cost(ctx: RunContext, name: str, seconds: float, before: Json | None) -> Json:
+def _cost(ctx: RunContext, name: str, spent: Spent, before: Json | None) -> Json:
     """What this run and all shares took, and what that took `before` which is made good now."""
-    shares = ctx.records.share_seconds(name)
-    taken = seconds + max(shares, default=0.0)
-    device = (seconds + sum(shares)) * ctx.mesh.size
-    if before is not None:
-        taken, device = taken + before["seconds"], device + before["device_seconds"]
-    return {
-        "seconds": round(taken, 3),
-        "device_seconds": round(device, 3),
-        "peak_host_gib": peak_host_gib(),
-    }
+    shares = ctx.records.shares_spent(name)
+    longest = max((share.seconds for share in shares), default=0.0)
+    parts = [spent, *shares, *([] if before is None else [Spent.of(before)])]
+    taken = Spent(
+        spent.seconds + longest + (0.0 if before is None else before["seconds"]),
+        sum(part.device_seconds for part in parts),
+    )
+    return {**taken.to_json(), "peak_host_gib": peak_host_gib()}
 
 
 def peak_host_gib() -> float:
@@ -209,14 +207,14 @@ def peak_host_gib() -> float:
 
 
 @contextlib.contextmanager
-def _timed(ctx: RunContext, name: str, inputs: Json) -> Generator[Callable[[], float]]:
-    """The seconds a stage has taken, interrupted tries included; noted on disk as they pass."""
+def _timed(ctx: RunContext, name: str, inputs: Json) -> Generator[Callable[[], Spent]]:
+    """What a stage has taken, interrupted tries included; noted on disk as it passes."""
     earlier = ctx.records.start(name, inputs)
     began = time.monotonic()
     over = threading.Event()
 
-    def elapsed() -> float:
-        return earlier + time.monotonic() - began
+    def elapsed() -> Spent:
+        return earlier.more(time.monotonic() - began, ctx.mesh.size)
 
     def note() -> None:
         while not over.wait(TICK_SECONDS):

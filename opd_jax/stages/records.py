@@ -1,7 +1,7 @@
 """What is known of a stage on disk: what it was started with, what it cost, how it ended.
 
 `stages/NAME.json` is written last. `stages/NAME.started.json` holds the inputs of a stage that is
-under way and the seconds that earlier, interrupted runs of it took.
+under way and what it took so far, earlier, interrupted tries included.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd_jax.core.distributed import is_first
 from opd_jax.data.store_files import StoreFiles
@@ -50,6 +50,25 @@ def read_json(path: Path) -> Json | None:
         return None
     except ValueError as error:
         raise DataError(f"{path}: broken JSON ({error}); delete it to redo that stage") from error
+
+
+class Spent(NamedTuple):
+    """What a stage took, all tries together: each may have had another number of devices."""
+
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+
+    def more(self, seconds: float, devices: int) -> Spent:
+        """With so many seconds of so many devices added."""
+        return Spent(self.seconds + seconds, self.device_seconds + seconds * devices)
+
+    @staticmethod
+    def of(record: Json) -> Spent:
+        """What a stage's record says, complete or under way."""
+        return Spent(record["seconds"], record["device_seconds"])
+
+    def to_json(self) -> Json:
+        return {name: round(value, 3) for name, value in self._asdict().items()}
 
 
 class StageRecords:
@@ -105,12 +124,12 @@ class StageRecords:
         """(dotted key, old value, new value) wherever a record's inputs and these differ."""
         return _differences(record["inputs"], json.loads(json.dumps(inputs)))
 
-    def start(self, name: str, inputs: Json) -> float:
-        """Note the inputs of a stage that begins; returns the seconds that earlier tries took."""
+    def start(self, name: str, inputs: Json) -> Spent:
+        """Note the inputs of a stage that begins; returns what earlier tries took."""
         earlier = self.started(name)
-        seconds = 0.0 if earlier is None else float(earlier["seconds"])
-        self.tick(name, inputs, seconds)
-        return seconds
+        spent = Spent() if earlier is None else Spent.of(earlier)
+        self.tick(name, inputs, spent)
+        return spent
 
     def drop_started(self, name: str) -> None:
         """Forget that a stage, or shares of it, was under way."""
@@ -121,14 +140,14 @@ class StageRecords:
     def _shares(self, name: str) -> list[Path]:
         return list(self.folder.glob(f"{name}.share-*.started.json"))
 
-    def share_seconds(self, name: str) -> list[float]:
+    def shares_spent(self, name: str) -> list[Spent]:
         """What each share of a stage took, as far as this run folder knows."""
         found = [read_json(path) for path in self._shares(name)]
-        return [record["seconds"] for record in found if record is not None]
+        return [Spent.of(record) for record in found if record is not None]
 
-    def tick(self, name: str, inputs: Json, seconds: float) -> None:
-        """Note how long the stage has taken so far."""
-        write_json(self._started(name), {"inputs": inputs, "seconds": round(seconds, 3)})
+    def tick(self, name: str, inputs: Json, spent: Spent) -> None:
+        """Note what the stage has taken so far."""
+        write_json(self._started(name), {"inputs": inputs, **spent.to_json()})
 
     def finish(self, name: str, record: Json) -> None:
         """Mark the stage complete."""

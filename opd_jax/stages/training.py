@@ -77,6 +77,8 @@ def train(
     if result.best is not None:
         say(stage_line(task.stage, f"the trained model is the best state, of {result.best} steps"))
         counts["best_step"] = result.best
+    if result.skipped:
+        counts["skipped"] = result.skipped
     identity = ctx.save_model(task.name, result.params, lineage)
     return identity, counts
 

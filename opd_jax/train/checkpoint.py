@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from opd_jax.data.store_files import StoreFiles
+from opd_jax.data.store_files import TENSORSTORE_ERRORS, StoreFiles, short_cause
 from opd_jax.errors import DataError
 
 COMPLETE = "complete.json"
@@ -71,8 +71,9 @@ class _Save:
         """Returns when the step is there as a whole. Called by every process."""
         with _written(self._folder):
             self._response.result()
-            _barrier(f"{self._folder.name} is written")
-            if jax.process_index() == 0:
+        _barrier(f"{self._folder.name} is written")
+        if jax.process_index() == 0:
+            with _written(self._folder):
                 body = {**self._document, "files": _digests(self._folder)}
                 StoreFiles(self._folder).write_document(COMPLETE, body)
                 _prune(self._directory, self._keep)
@@ -111,8 +112,8 @@ class Saver:
             self._error = error
 
     def settle(self) -> None:
-        """Between two steps, on all processes."""
-        if self._thread is None:
+        """Between two steps, on all processes: what failed in the background is raised here."""
+        if self._thread is None or not self._thread.is_alive():
             self.finish()
 
     def finish(self) -> None:
@@ -139,17 +140,19 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.finish()
+        elif self._thread is not None:
+            self._thread.join()  # what ends the run is told, not a save that failed beside it
 
 
 @contextlib.contextmanager
 def _written(folder: Path) -> Generator[None]:
     try:
         yield
-    except OSError as error:
+    except TENSORSTORE_ERRORS as error:  # Orbax hands them on as they are
         repair = "free space or choose another run_dir"
-        raise DataError(f"{folder}: cannot be written ({_one_line(error)}); {repair}") from error
+        raise DataError(f"{folder}: cannot be written ({short_cause(error)}); {repair}") from error
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -192,12 +195,16 @@ def restore(
     return tree, document["meta"], wanted
 
 
+def discard_others(directory: str | os.PathLike[str], step: int | None) -> None:
+    """Removes all steps but one. Called by every process, process 0 does it."""
+    if jax.process_index() == 0:
+        for other in complete_steps(directory):
+            if other != step:
+                _remove_step(_step_folder(directory, other))
+
+
 def _step_folder(directory: str | os.PathLike[str], step: int) -> Path:
     return Path(os.path.abspath(directory)) / f"{step:08d}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _barrier(name: str) -> None:

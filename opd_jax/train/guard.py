@@ -140,7 +140,8 @@ class Saturation:
 
     def look(self, gap: float) -> str | None:
         """A line to print at the first of three evaluations in a row that are flat."""
-        before, self.gaps = self.flat, [*self.gaps[-2:], gap]
+        before = self.flat
+        self.gaps = [*self.gaps[-2:], gap] if math.isfinite(gap) else []
         if before or not self.flat:
             return None
         return (

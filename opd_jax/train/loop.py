@@ -40,11 +40,13 @@ class Source(NamedTuple):
         start: from the step to start at to the batches from there on.
         pieces: into how many micro-batches a step cuts each.
         stride: a run can only be resumed at a multiple of so many steps.
+        names: the records that a step takes, for messages.
     """
 
     start: Callable[[int], NextBatch]
     pieces: int = 1
     stride: int = 1
+    names: Callable[[int], list[str]] | None = None
 
 
 Log = Callable[[int, dict[str, float]], None]
@@ -78,12 +80,14 @@ class TrainResult(NamedTuple):
         steps: how many were done.
         best: how many steps the parameters have, where they are not those of the last.
         tokens: target tokens of all steps, earlier tries included.
+        skipped: steps among them that changed nothing, as they were not finite.
     """
 
     params: Params
     steps: int
     best: int | None
     tokens: int
+    skipped: int
 
 
 def run_training(
@@ -97,8 +101,9 @@ def run_training(
         watch: evaluates the run, and may end it before its last step.
 
     Raises:
-        DataError: a loss or gradient norm is not finite (and `on_nonfinite` is not "skip"; the
-            last checkpoint is from before), or a checkpoint is damaged.
+        DataError: a loss, gradient or update is not finite (and `on_nonfinite` is not "skip", or
+            it happens again and again; the last checkpoint is from before), or a checkpoint is
+            damaged or cannot be written.
         Preempted: SIGTERM came; the state is saved.
     """
     adapters = job.adapters
@@ -106,7 +111,7 @@ def run_training(
     step_fn = make_train_step(job.model, job.objective, optimizer, source.pieces, adapters)
     frozen = (params,) if adapters else ()
     first = adapters.init(job.seed) if adapters else params
-    state, tokens = _resume(job, optimizer, first, watch)
+    state, past = _resume(job, optimizer, first, watch)
 
     def whole(trained: Params) -> Params:
         return adapters.merge(params, trained) if adapters else trained
@@ -115,7 +120,7 @@ def run_training(
         return whole(result_of(state.params, state.opt_state))
 
     done = int(state.step)
-    run = _Run(job, log, source.pieces, tokens)
+    run = _Run(job, log, source, past)
     if watch is not None and done == 0 and watch.due(0):
         watch.look(0, model_of(state))
     next_batch = source.start(done)
@@ -127,32 +132,44 @@ def run_training(
             run.began(done, batch, metrics)
             saver.settle()
             done += 1
-            leave = notice.reached(done) and done % source.stride == 0
+            notice.ask(done)
             evaluate = watch is not None and watch.due(done)
-            save = done % job.loop.save_every == 0 or done == job.loop.steps or leave
-            if not (evaluate or save):
-                continue
-            run.flush()  # a step that is not finite is never saved
             if watch is not None and evaluate:
+                run.flush()
                 watch.look(done, model_of(state))
-            if save or (watch and watch.stopped):
+            leave = notice.came and done % source.stride == 0
+            over = done == job.loop.steps or (watch is not None and watch.stopped)
+            save = leave or over or done % job.loop.save_every == 0
+            if save:
+                run.flush()  # a step that is not finite is never saved, unless it changed nothing
                 saver.save(done, state, _meta(job, run, watch))
             if leave:
-                saver.finish()
-                raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
-            run.meter.pause()
+                break
+            if save or evaluate:
+                run.meter.pause()
+    if notice.came:
+        raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
     params, best = model_of(state), None
     if watch is not None:
         params, best = watch.chosen(params, job.model.abstract(_dtype(params)))
-    return TrainResult(params, done, best, run.tokens)
+    return TrainResult(params, done, best, run.tokens, run.skipped)
+
+
+class _Past(NamedTuple):
+    """What a checkpoint tells of the steps before it."""
+
+    tokens: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
 
 
 class _Run:
     """The step under way: its metrics are read once the next one has begun."""
 
-    def __init__(self, job: TrainJob, log: Log, pieces: int, tokens: int) -> None:
-        self.job, self.tokens, self.meter = job, tokens, Meter(job.model)
-        self._log, self._pieces, self._skipped = log, pieces, 0
+    def __init__(self, job: TrainJob, log: Log, source: Source, past: _Past) -> None:
+        self.job, self.meter, self._log, self._source = job, Meter(job.model), log, source
+        self.tokens, self.skipped, self.in_a_row = past
+        self._schedule = learning_rate(job.loop.optim, job.loop.steps)
         self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
 
     def wait(self, next_batch: NextBatch, step: int, current: Callable[[], Params]) -> Any:
@@ -163,7 +180,7 @@ class _Run:
 
     def began(self, step: int, batch: Any, metrics: dict[str, jax.Array]) -> None:
         self.flush()
-        self._pending = step, Load.of(batch, self._pieces), metrics
+        self._pending = step, Load.of(batch, self._source.pieces), metrics
 
     def flush(self) -> None:
         if self._pending is None:
@@ -172,40 +189,58 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += int(values["tokens"])
         own = {name: values.pop(name) for name in ("loss", "grad_norm", "update_ratio")}
-        self._check(step, own)
-        rate = jnp.asarray(learning_rate(self.job.loop.optim, self.job.loop.steps)(step))
-        cost = self.meter.figures(load, values["tokens"])
-        self._log(step, {**own, "learning_rate": float(rate), **averages(values), **cost})
-
-    def _check(self, step: int, own: dict[str, float]) -> None:
-        if all(abs(own[name]) < float("inf") for name in ("loss", "grad_norm")):
-            self._skipped = 0
-            return
-        self._skipped += 1
-        what = f"step {step}: loss {own['loss']}, gradient norm {own['grad_norm']}"
-        if self.job.loop.on_nonfinite == "skip" and self._skipped < MOST_SKIPPED:
+        # A step that is skipped is none of the optimizer's.
+        own["learning_rate"] = float(jnp.asarray(self._schedule(step - self.skipped)))
+        if values.pop("sound"):
+            self.in_a_row = 0
+        else:
+            self._unsound(step, own)
             own["skipped"] = 1.0
+        self._log(step, {**own, **averages(values), **self.meter.figures(load, values["tokens"])})
+
+    def _unsound(self, step: int, own: dict[str, float]) -> None:
+        """Count a step that changed nothing, or end the run."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        names = [] if self._source.names is None else self._source.names(step)
+        what = (
+            f"step {step}: loss {own['loss']:g}, gradient norm {own['grad_norm']:g}, update ratio "
+            f"{own['update_ratio']:g}{_shown(names)}"
+        )
+        if self.job.loop.on_nonfinite == "skip" and self.in_a_row < MOST_SKIPPED:
             say(f"WARNING: {what}; skipped")
             return
+        again, skip = f"; the {self.in_a_row}th in a row", ""
+        if self.job.loop.on_nonfinite == "stop":
+            again, skip = "", ", or set on_nonfinite=skip to leave such steps out"
         raise DataError(
-            f"{what}; the last checkpoint in {self.job.directory} is from before; lower "
-            "optim.learning_rate and redo the stage with --force"
+            f"{what}{again}; the last checkpoint in {self.job.directory} is from before; lower "
+            f"optim.learning_rate and redo the stage with --force{skip}"
         )
+
+
+def _shown(names: list[str]) -> str:
+    """The first of a step's records."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f", of {', '.join(names[:3])}{more}"
 
 
 def _meta(job: TrainJob, run: _Run, watch: Watch | None) -> dict[str, Any]:
     return {
         "inputs": job.inputs,
-        "tokens": run.tokens,
+        "past": _Past(run.tokens, run.skipped, run.in_a_row)._asdict(),
         "watch": None if watch is None else watch.state(),
     }
 
 
 def _resume(
     job: TrainJob, optimizer: Any, params: Params, watch: Watch | None
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, _Past]:
     if checkpoint.latest_step(job.directory) is None:
-        return init_state(job.adapters or job.model, optimizer, params), 0
+        if watch is not None:
+            watch.restore(0, None)
+        return init_state(job.adapters or job.model, optimizer, params), _Past()
     abstract = abstract_state(job.adapters or job.model, optimizer, _dtype(params))
     state, meta, step = checkpoint.restore(job.directory, None, abstract)
     if meta["inputs"] != job.inputs:
@@ -213,9 +248,9 @@ def _resume(
             f"{job.directory}: step {step} was trained with other settings or inputs; "
             "redo the stage with --force"
         )
-    if watch is not None and meta["watch"] is not None:
-        watch.restore(meta["watch"])
-    return state, meta["tokens"]
+    if watch is not None:
+        watch.restore(step, meta["watch"])
+    return state, _Past(**meta["past"])
 
 
 def _dtype(params: Params) -> str:

@@ -62,22 +62,34 @@ def sft_source(
 
     steps = sequence_steps(len(rows), batch_rows, seed, loop.steps)
 
-    def read(indices: Sequence[int]) -> Batch:
-        chosen = [order[rows[i]].tolist() for i in indices]
+    def rows_of(step: int) -> list[list[int]]:
+        return [order[rows[i]].tolist() for i in steps[step]]
+
+    def read(step: int) -> Batch:
+        chosen = rows_of(step)
         records = iter(snapshot.read_many([r for row in chosen for r in row]))
         return packed_rows([[next(records) for _ in row] for row in chosen], row_tokens)
 
-    return _stored(read, steps, batch_rows // (loop.micro_batch_size or batch_rows))
+    def names(step: int) -> list[str]:
+        return [name_of(snapshot.keys[r]) for row in rows_of(step) for r in row]
+
+    start = _stored(read, len(steps))
+    return Source(start, batch_rows // (loop.micro_batch_size or batch_rows), names=names)
 
 
-def _stored(read: Callable[[S], Batch], steps: Sequence[S], pieces: int) -> Source:
+def name_of(key: tuple[str, int]) -> str:
+    """A record in a message, by its prompt's id and its sample index."""
+    return f"'{key[0]}'/{key[1]}"
+
+
+def _stored(read: Callable[[int], Batch], steps: int) -> Callable[[int], NextBatch]:
     """Batches that are read from a store: they do not depend on the student."""
 
     def start(step: int) -> NextBatch:
-        stream = batches(read, steps, step)
+        stream = batches(read, range(steps), step)
         return lambda _step, _current: next(stream)
 
-    return Source(start, pieces)
+    return start
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,19 @@ def offline_source(
     packed = [best_fit((tokens_r[step] - 1).tolist(), packing.row_tokens) for step in steps]
     shape = packing.shape(max(len(rows) for rows in packed))
 
+    def indices_of(step: int) -> list[int]:
+        return chosen[steps[step]].tolist()
+
     def read(step: int) -> Batch:
-        indices = chosen[steps[step]].tolist()
+        indices = indices_of(step)
         records = snapshot.read_many(indices)
         found = scores.read_many(snapshot, indices)
         return packing.batch(packed[step], [*map(Scored, records, found)], shape)
 
-    return _stored(read, range(len(steps)), shape[0])
+    def names(step: int) -> list[str]:
+        return [name_of(snapshot.keys[r]) for r in indices_of(step)]
+
+    return Source(_stored(read, len(steps)), shape[0], names=names)
 
 
 @dataclass(frozen=True)
@@ -189,14 +207,22 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
     plan: Plan | None = None
     drawn: dict[int, list[Scored]] = {}
 
-    def draw(step: int, params: Params) -> dict[int, list[Scored]]:
-        places = [order[step * run.batch_size + i] for i in range(size)]
-        requests = []
-        for number, place in enumerate(place for place in places if place is not None):
+    def requests_of(step: int) -> list[Request]:
+        requests: list[Request] = []
+        for i in range(step * run.batch_size, (step + 1) * run.batch_size):
+            place = order[i]
+            assert place is not None  # no filter leaves one out
             name, ids = live.prompts[place // samples_each]
-            at = step + number // run.batch_size
-            index = at * samples_each + place % samples_each  # new at every step
+            index = step * samples_each + place % samples_each  # new at every step
             requests.append(Request(name, index, np.asarray(ids, np.int32)))
+        return requests
+
+    def names(step: int) -> list[str]:
+        return [name_of((r.prompt_id, r.sample_index)) for r in requests_of(step)]
+
+    def draw(step: int, params: Params) -> dict[int, list[Scored]]:
+        steps = range(step, step + run.steps_per_batch)
+        requests = [request for each in steps for request in requests_of(each)]
         job = SamplingJob(live.model, params, sampling, live.end_ids, live.seed, live.text)
         nonlocal plan  # one for all steps, whichever prompts they have: nothing compiles again
         plan = plan or plan_for(job, everything)
@@ -220,7 +246,7 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         return packing.batch(rows, scored, packing.shape(most))
 
     pieces = packing.shape(run.batch_size)[0]
-    return Source(lambda _start: next_batch, pieces, run.steps_per_batch)
+    return Source(lambda _start: next_batch, pieces, run.steps_per_batch, names)
 
 
 def support_size(stored: int, wanted: int | None) -> int:

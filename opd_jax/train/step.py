@@ -175,7 +175,8 @@ def make_train_step(
 ) -> StepFn:
     """`step(state, batch) -> (state, metrics)`; metrics are the loss, gradient norm and sums.
 
-    A loss or gradient that is not finite leaves parameters and optimizer as they were. With
+    A loss, gradient or update that is not finite leaves parameters and optimizer as they were
+    (`sound` is then 0). With
     `adapters` the state is about these, and the step is `step(state, batch, params)`: the frozen
     parameters are left as they are.
 
@@ -198,7 +199,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
-        sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+        update_norm = optax.tree.norm(updates)
+        sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
             (params, opt_state),
@@ -207,7 +209,8 @@ def make_train_step(
         metrics = {
             "loss": loss.total * scale,
             "grad_norm": grad_norm,
-            "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.params),
+            "update_ratio": update_norm / optax.tree.norm(state.params),
+            "sound": sound.astype(jnp.float32),
             **loss.sums,
         }
         return TrainState(params, opt_state, state.step + 1), metrics

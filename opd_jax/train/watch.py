@@ -66,7 +66,7 @@ class Watch:
             return params, None
         if not self.stopped and self.guard.config.final == "last":
             return params, None
-        best, _, steps = checkpoint.restore(self.directory, None, abstract)
+        best, _, steps = checkpoint.restore(self.directory, self.guard.best[1], abstract)
         return best, steps
 
     def state(self) -> dict[str, Any]:
@@ -77,10 +77,20 @@ class Watch:
             "gaps": None if self.saturation is None else self.saturation.gaps,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.stopped = state["stopped"]
-        if self.guard is not None and state["guard"] is not None:
-            self.guard = Guard.restored(self.guard.config, state["guard"])
-        if self.saturation is not None and state["gaps"] is not None:
-            self.saturation.gaps = state["gaps"]
+    def restore(self, steps: int, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint of so many steps; `None`: begin.
+
+        A best state that a killed try found later is dropped: this one finds its own.
+        """
+        if state is not None:
+            self.stopped = state["stopped"]
+            if self.guard is not None:
+                self.guard = Guard.restored(self.guard.config, state["guard"])
+            if self.saturation is not None:
+                self.saturation.gaps = state["gaps"]
+        best = self.guard.best if self.guard is not None else None
+        kept = None if best is None else best[1]
+        over = self.stopped or steps == self.loop.steps
+        if self.guard and not over and kept not in checkpoint.complete_steps(self.directory):
+            self.guard.best = kept = None  # that later one has replaced it: the next evaluation is
+        checkpoint.discard_others(self.directory, kept)

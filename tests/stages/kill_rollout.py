@@ -21,8 +21,8 @@ KILLS, SEED, LIMIT_SECONDS = 20, 11, 120
 SETTINGS = ("prompts.opd_limit=200", "rollout.slots=8", "rollout.samples_per_prompt=2")
 
 
-def fork(folder, run_dir, stages):
-    """Start `python -m opd_jax.main` with these stages; returns its process id."""
+def fork(folder, run_dir, *words):
+    """Start `python -m opd_jax.main` with these words; returns its process id."""
     from tiny_run import arguments
 
     from opd_jax.main import main
@@ -35,7 +35,7 @@ def fork(folder, run_dir, stages):
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        code = main(arguments(run_dir, *SETTINGS, "--stages", stages))
+        code = main(arguments(run_dir, *words))
     finally:
         os._exit(code)
 
@@ -73,9 +73,10 @@ def main(folder):
     import opd_jax.stages.pipeline  # noqa: F401  what every run imports
 
     straight, killed = folder / "straight", folder / "killed"
-    finish(fork(folder, straight, "answer,sft"))
+    before, rollout = ((*SETTINGS, "--stages", names) for names in ("answer,sft", "rollout"))
+    finish(fork(folder, straight, *before))
     shutil.copytree(straight, killed)
-    pid = fork(folder, straight, "rollout")
+    pid = fork(folder, straight, *rollout)
     await_commit(pid, straight)
     started = time.monotonic()
     finish(pid)
@@ -83,9 +84,9 @@ def main(folder):
     longest = (time.monotonic() - started) / (KILLS + 5)
     moments, kept = random.Random(SEED), []
     for _ in range(KILLS):
-        pid = fork(folder, killed, "rollout")
+        pid = fork(folder, killed, *rollout)
         kept.append(kill_while_sampling(pid, killed, moments.uniform(0, longest)))
-    finish(fork(folder, killed, "rollout"))
+    finish(fork(folder, killed, *rollout))
     print(json.dumps({"commits": kept}))
 
 
