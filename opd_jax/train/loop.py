@@ -129,16 +129,19 @@ def run_training(
             done += 1
             leave = notice.reached(done) and done % source.stride == 0
             evaluate = watch is not None and watch.due(done)
+            round_due = watch is not None and watch.round_due(done)
             save = done % job.loop.save_every == 0 or done == job.loop.steps or leave
-            if not (evaluate or save):
+            if not (evaluate or save or round_due):
                 continue
             run.flush()  # a step that is not finite is never saved
             if watch is not None and evaluate:
                 watch.look(done, model_of(state))
-            if save or (watch and watch.stopped):
+            turned = watch is not None and watch.turn(done)
+            if save or turned or (watch and watch.stopped):
                 saver.save(done, state, _meta(job, run, watch))
-            if leave:
+            if leave or turned:
                 saver.finish()
+            if leave:
                 raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
             run.meter.pause()
     params, best = model_of(state), None
