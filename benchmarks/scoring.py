@@ -43,7 +43,8 @@ def ours(folder, batch_tokens):
     from opd_jax.data.records import Record
     from opd_jax.data.store import create_store
     from opd_jax.model.load import read_model
-    from opd_jax.teacher.score import Scorer, padding_share, score_batches
+    from opd_jax.teacher.batches import padding_share, score_batches
+    from opd_jax.teacher.score import Scorer
     from opd_jax.teacher.score_pass import score_snapshot
 
     model, params = read_model(folder)

@@ -3,9 +3,11 @@
 The logits of a block of the vocabulary exist at a time, for all tokens; the backward pass computes
 them again, unless the tokens are so few that keeping the logits costs less than the head's gradient
 does. So every row of the head is read once, and its gradient written once. The log-sum-exp
-and the head's gradient are float32, over the true vocabulary, whatever its size. The head comes as
-the parameter it is: it is cast and gathered here, so that its gradient is never rounded to the
-compute dtype, in which a frequent token's sum would stop growing.
+and the head's gradient are float32, over the true vocabulary, whatever its size. A chosen token's
+logit is one of those that are summed: another product of the same numbers may be rounded otherwise
+(an accelerator takes float32 products in fewer bits), and a log-prob would come out above 0. The
+head comes as the parameter it is: it is cast and gathered here, so that its gradient is never
+rounded to the compute dtype, in which a frequent token's sum would stop growing.
 """
 
 from __future__ import annotations
@@ -109,12 +111,11 @@ def top_k_logprobs(
             "bcd,nvd->bcnv", hidden, head_nvd, preferred_element_type=jnp.float32
         )
         logits_bcnv = without_padding(logits_bcnv, (2, 3), padded_from)
-        lse_bc = jax.nn.logsumexp(logits_bcnv, axis=(-2, -1))
-        logprob_bcnv = logits_bcnv - lse_bc[..., None, None]
+        logprob_bcnv = jax.nn.log_softmax(logits_bcnv, axis=(-2, -1))
         entropy_bc = -jnp.sum(jnp.exp(logprob_bcnv) * logprob_bcnv, axis=(-2, -1))
-        target_bc = _chosen_logits(hidden, head_vd, ids[..., None])[..., 0] - lse_bc
+        target_bcn = _pick(logprob_bcnv, ids[..., None], 0, head_nvd.shape[1])[..., 0]
         values, top_ids = _top_k_of_pieces(logprob_bcnv, k)
-        return None, TopK(target_bc, entropy_bc, top_ids, values)
+        return None, TopK(jnp.sum(target_bcn, axis=-1), entropy_bc, top_ids, values)
 
     _, out = jax.lax.scan(body, None, (_cut(hidden_btd, chunk), _cut(ids_bt, chunk)))
     return jax.tree.map(lambda x: _join(x, hidden_btd.shape[1]), out)
@@ -158,21 +159,14 @@ def _pieces(t: int, entries: int) -> int:
     return min(t, max(1, BLOCK_LOGITS // entries))
 
 
-def _chosen_logits(hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array) -> jax.Array:
-    """[b, t, s]: products with the chosen rows of the head alone, some time steps at once."""
-    b, t, s = ids_bts.shape
-    chunk = _pieces(t, b * s * hidden_btd.shape[-1])
-
-    def body(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden_bcd, ids_bcs = xs
-        rows_bcsd = jnp.take(head_vd, ids_bcs, axis=0)
-        return jnp.einsum(
-            "bcd,bcsd->bcs", hidden_bcd, rows_bcsd, preferred_element_type=jnp.float32
-        )
-
-    if chunk == t:
-        return body((hidden_btd, ids_bts))
-    return _join(jax.lax.map(body, (_cut(hidden_btd, chunk), _cut(ids_bts, chunk))), t)
+def _pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
+    """[b, t, n, s]: entries of ids in the rows from `start` of n pieces of `size`; else 0."""
+    n, c = block_btnc.shape[-2:]
+    first_n = jnp.arange(n, dtype=jnp.int32) * size + start
+    at_btns = ids_bts[:, :, None] - first_n[None, None, :, None]
+    here = (at_btns >= 0) & (at_btns < c)
+    found = jnp.take_along_axis(block_btnc, jnp.clip(at_btns, 0, c - 1), axis=-1)
+    return jnp.where(here, found, 0.0)
 
 
 class _Blocks(NamedTuple):
@@ -206,9 +200,9 @@ def _chosen_fwd(
 ) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
     like = jnp.zeros((0,), head_vd.dtype)
     head_vd = _gathered(head_vd, hidden_btd.dtype, plan.mesh)
-    lse_bt, entropy_bt, logits = _normaliser(hidden_btd, head_vd, plan)
-    logprob_bts = _chosen_logits(hidden_btd, head_vd, ids_bts) - lse_bt[..., None]
-    return (logprob_bts, entropy_bt), _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like, logits)
+    logprob_bts, lse_bt, entropy_bt, logits = _forward(hidden_btd, head_vd, ids_bts, plan)
+    saved = _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like, logits)
+    return (logprob_bts, entropy_bt), saved
 
 
 def _chosen_bwd(
@@ -280,16 +274,16 @@ def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array, at: Any, plan: _Pl
     return without_padding(ncbt, (0, 1), plan.padded_from, at, plan.size)
 
 
-def _normaliser(
-    hidden_btd: jax.Array, head_vd: jax.Array, plan: _Plan
-) -> tuple[jax.Array, jax.Array, _Blocks]:
-    """Log-sum-exp and entropy at every position, float32; and the logits that are kept."""
+def _forward(
+    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, _Blocks]:
+    """Chosen log-probs, log-sum-exp and entropy, float32; and the logits that are kept."""
 
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
     def body(
         head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], _: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        top_btn, total_btn, spread_btn = carry
+        top_btn, total_btn, spread_btn, chosen_btns = carry
         logits_ncbt = None
         if plan.keep:
             logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
@@ -299,6 +293,7 @@ def _normaliser(
                 "btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32
             )
             logits_btnc = without_padding(logits_btnc, (2, 3), plan.padded_from, start, plan.size)
+        chosen_btns += _pick(logits_btnc, ids_bts, start, plan.size)
         new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
         below = logits_btnc - new_top[..., None]
         weight = jnp.exp(below)
@@ -306,14 +301,19 @@ def _normaliser(
         spread_btn = (spread_btn + total_btn * moved) * jnp.exp(moved)
         spread_btn += jnp.sum(weight * below, axis=-1)
         total_btn = total_btn * jnp.exp(moved) + jnp.sum(weight, axis=-1)
-        return (new_top, total_btn, spread_btn), logits_ncbt
+        return (new_top, total_btn, spread_btn, chosen_btns), logits_ncbt
 
     zero = jnp.zeros((*hidden_btd.shape[:2], plan.shards), jnp.float32)
-    begin = (zero + LOWEST, zero, zero)
-    (top, total, spread), logits = _over_vocabulary(head_vd, plan, body, begin, _Blocks(None, None))
-    lse_bt = jax.nn.logsumexp(top + jnp.log(total), axis=-1)
+    begin = (zero + LOWEST, zero, zero, jnp.zeros((*zero.shape, ids_bts.shape[-1])))
+    found, logits = _over_vocabulary(head_vd, plan, body, begin, _Blocks(None, None))
+    top, total, spread, chosen_btns = found
+    top_bt = jnp.max(top, axis=-1)
+    log_total_bt = jnp.log(jnp.sum(total * jnp.exp(top - top_bt[..., None]), axis=-1))
+    logprob_bts = (jnp.sum(chosen_btns, axis=2) - top_bt[..., None]) - log_total_bt[..., None]
+    lse_bt = top_bt + log_total_bt
     above = lse_bt[..., None] - top
-    return lse_bt, jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1), logits
+    entropy_bt = jnp.sum(jnp.exp(-above) * (total * above - spread), axis=-1)
+    return logprob_bts, lse_bt, entropy_bt, logits
 
 
 def _normaliser_grads(

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder, or at a share of a stage: two would do each other's work."""
+"""One run at a time in a run folder, a pass or a share of a stage: two would do the same work."""
 
 from __future__ import annotations
 
@@ -18,11 +18,24 @@ except ImportError:  # no such locks on this system
     fcntl = None
 
 
+def run_lock(run_dir: Path, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder, alone or together with others that do so too.
+
+    Raises:
+        ConfigError: another run holds it.
+    """
+    return file_lock(
+        run_dir / ".lock", f"run_dir '{run_dir}'", "choose another run_dir", shared=shared
+    )
+
+
 @contextlib.contextmanager
-def run_lock(run_dir: Path, shared: bool = False) -> Generator[None]:
-    """Hold the folder; the system lets go of it when the process ends, however it ends.
+def file_lock(path: Path, what: str, otherwise: str, *, shared: bool = False) -> Generator[None]:
+    """Hold a file; the system lets go of it when the process ends, however it ends.
 
     Args:
+        what: what it guards, for the message.
+        otherwise: what can be done beside waiting.
         shared: hold it together with others that do so too.
 
     Process 0 holds it for all. A file system without locks is not guarded.
@@ -30,32 +43,10 @@ def run_lock(run_dir: Path, shared: bool = False) -> Generator[None]:
     Raises:
         ConfigError: another run holds it.
     """
-    what, instead = f"run_dir '{run_dir}' is in use", "choose another run_dir"
-    with _held(run_dir / ".lock", shared, what, instead):
-        yield
-
-
-@contextlib.contextmanager
-def share_lock(folder: Path, name: str) -> Generator[None]:
-    """Hold a share of a stage, as `run_lock` holds a run folder.
-
-    Args:
-        folder: one that every start of this share has before it.
-        name: of the stage and the share.
-
-    Raises:
-        ConfigError: it is being done.
-    """
-    what = f"{name} in '{folder}' is being done"
-    with _held(folder / f".{name}.lock", False, what, "start another share"):
-        yield
-
-
-@contextlib.contextmanager
-def _held(path: Path, shared: bool, what: str, instead: str) -> Generator[None]:
     if fcntl is None or not is_first():
         yield
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -63,8 +54,8 @@ def _held(path: Path, shared: bool, what: str, instead: str) -> Generator[None]:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
                 raise ConfigError(
-                    f"{what} by {file.read().strip() or 'another run'}; wait until it ends, or "
-                    f"{instead}"
+                    f"{what} is in use by {file.read().strip() or 'another run'}; "
+                    f"wait until it ends, or {otherwise}"
                 ) from None
         file.seek(0)
         file.truncate()

@@ -20,7 +20,7 @@ import numpy as np
 from opd_jax.core.lineage import same_lineage, shown
 from opd_jax.data.records import Record
 from opd_jax.data.store_arrays import SHARD_TOKENS, Field
-from opd_jax.data.store_files import StoreFiles
+from opd_jax.data.store_files import StoreFiles, encode_document
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_rows import FINISH_REASONS, record_columns, record_keys, vector
 from opd_jax.data.store_segments import SegmentCache, next_segment_name, write_segment
@@ -34,21 +34,25 @@ FIELDS = (
 )
 
 
-def _settle_document(files: StoreFiles, key: str, meta: dict[str, Any]) -> None:
+ANOTHER_FOLDER = "choose another folder or delete this one"
+
+
+def _settle_document(
+    files: StoreFiles, key: str, meta: dict[str, Any], repair: str = ANOTHER_FOLDER
+) -> None:
     """Writes `meta` once; an equal one that is there already is kept, another one refused.
 
     Models are equal when their fingerprints are: a folder that has moved is no other model.
     """
     wanted = json.loads(json.dumps(meta))
-    if not files.exists(key):
-        files.write_document(key, {"meta": wanted})
+    files.write_new(key, encode_document({"meta": wanted}))
     found = files.read_document(key, "delete that folder and run again")["meta"]
     for name in sorted({*found, *wanted}):
         if name in found and name in wanted and same_lineage(found[name], wanted[name]):
             continue
         raise DataError(
             f"{files.path(key)}: {name!r} is {shown(found.get(name))}, this run has"
-            f" {shown(wanted.get(name))}; choose another folder or delete this one"
+            f" {shown(wanted.get(name))}; {repair}"
         )
 
 
@@ -133,12 +137,35 @@ class Store:
         """
         return RecordView(committed_segments(self.files, self._segments))
 
-    def create_pass(self, name: str, meta: dict[str, Any]) -> TeacherPass:
-        """Creates a teacher pass, or opens the one of that name when its meta is equal."""
+    def has_pass(self, name: str) -> bool:
+        """Whether a teacher pass of that name was created."""
+        return self.files.exists(f"teacher/{name}/pass.json")
+
+    def create_pass(
+        self, name: str, meta: dict[str, Any], repair: str = ANOTHER_FOLDER
+    ) -> TeacherPass:
+        """Creates a teacher pass, or opens the one of that name when its meta is equal.
+
+        Args:
+            repair: what to do about another meta, for the message.
+        """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise DataError(f"teacher pass {name!r}: use letters, digits, '.', '_' and '-' alone")
-        _settle_document(self.files, f"teacher/{name}/pass.json", meta)
+        _settle_document(self.files, f"teacher/{name}/pass.json", meta, repair)
         return self.open_pass(name)
+
+    def settle_shares(self, name: str, count: int) -> None:
+        """Binds a pass to a number of shares.
+
+        Raises:
+            DataError: it is bound to another one.
+        """
+        key = f"teacher/{name}/shares.json"
+        repair = (
+            f"share out as before, score the rest without --share, or delete {self.files.path(key)}"
+            " once no share is at work"
+        )
+        _settle_document(self.files, key, {"shares": count}, repair)
 
     def open_pass(self, name: str) -> TeacherPass:
         """Opens an existing teacher pass."""

@@ -191,6 +191,16 @@ class StoreFiles:
         with write_failure_named(self.path(key)):
             self.kvstore.write(key, data).result()
 
+    def write_new(self, key: str, data: bytes) -> None:
+        """Writes the object unless one of that name is there; of two writers one wins."""
+        with damage_named(self.path(key), "make it readable"):
+            found = self.kvstore.read(key).result()
+        if found.state == "missing":
+            with write_failure_named(self.path(key)):
+                self.kvstore.write(key, data, if_equal=found.stamp.generation).result()
+        if not self.exists(key):  # S3 takes a bucket that is not there for another's write
+            self.write(key, data)
+
     def write_document(self, key: str, body: dict[str, Any]) -> str:
         """Writes a JSON object and returns its digest."""
         data = encode_document(body)

@@ -19,7 +19,8 @@ SEGMENT_NAME = r"w\d{5,}-\d{6,}-[0-9a-f]{8}"
 _BASE = r"(?:teacher/[A-Za-z0-9][A-Za-z0-9._-]*/)?"
 _ARRAY_FILE = r"(?:zarr\.json|c/\d+(?:/0)?)"
 _KNOWN = re.compile(
-    r"(?:dataset|shares)\.json|snapshots/[0-9a-f]{64}\.json|teacher/[^/]+/pass\.json"
+    r"(?:dataset|shares)\.json|snapshots/[0-9a-f]{64}\.json|teacher/[^/]+/(?:pass|shares)\.json"
+    r"|\.locks/[^/]+"
     rf"|{_BASE}commits/[^/]+\.json"
     rf"|{_BASE}data/{SEGMENT_NAME}/(?:records\.npz|[a-z_]+/{_ARRAY_FILE})"
 )

@@ -37,6 +37,9 @@ def check_pass(
     with found.caught():
         repair = "delete that folder and run the score stage again"
         meta = files.read_document(f"{base}pass.json", repair)["meta"]
+    with found.caught():
+        if files.exists(f"{base}shares.json"):
+            files.read_document(f"{base}shares.json", "delete it once no share is at work")
     committed = set(commit_names(files, ""))
     scored: dict[tuple[str, int], str] = {}
     for segment_name in commit_names(files, base):

@@ -28,14 +28,17 @@ CACHED_BYTES = 64 * 2**20
 """Smaller weights are read again each time: it takes no time, and leaves no file in the folder."""
 ROWS_BYTES = 64 * 2**20
 """Of a tensor that lies in the files as it does here: so much is read at once."""
-_VERSION = 1
+HEADER_BYTES = 64 * 2**10
+"""Of each file: names, shapes and places of its tensors stand there, in either format."""
+_VERSION = 2
 
 
 def weights_fingerprint(path: str | Path, fallback: Path) -> str:
     """`core.lineage.fingerprint_params` of a model's float32 parameters, without loading them.
 
     That of large weights is kept in a file beside them, which counts for as long as the model's
-    files have the same names, sizes and times.
+    files are the same ones: by name, inode, size, times of content and of status, and first bytes.
+    Who sets a file's time back cannot set back that of its status.
 
     Args:
         path: a Hugging Face folder or a .gguf file.
@@ -45,7 +48,7 @@ def weights_fingerprint(path: str | Path, fallback: Path) -> str:
         ModelError: as loading the model would.
     """
     stamp = files_stamp(Path(path))
-    if sum(size for size, _ in stamp.values()) < CACHED_BYTES:
+    if sum(file["bytes"] for file in stamp.values()) < CACHED_BYTES:
         return stream_fingerprint(path)
     beside, key = _beside(Path(path)), str(Path(path).resolve())
     for known in (_read(beside), _read(fallback).get(key, {})):
@@ -87,11 +90,22 @@ def _pieces(source: TensorSource, tensor: HFTensor, shape: Shape) -> Iterator[np
             yield tensor.from_hf(array, inner) if tensor.in_rank else array
 
 
-def files_stamp(path: Path) -> dict[str, list[int]]:
-    """Size and time of every file that weights or architecture are read from."""
+def files_stamp(path: Path) -> dict[str, dict[str, Any]]:
+    """What tells every file that weights or architecture are read from, from one in its place."""
     files = [path, *sorted(path.glob("*.safetensors*")), path / "config.json"]
-    found = {file.name: file.stat() for file in files if file.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+    return {file.name: _stamp_of(file) for file in files if file.is_file()}
+
+
+def _stamp_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        stat, header = os.fstat(file.fileno()), file.read(HEADER_BYTES)
+    return {
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+    }
 
 
 def _beside(path: Path) -> Path:

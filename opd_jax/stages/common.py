@@ -12,9 +12,10 @@ from opd_jax.config import SamplingConfig
 from opd_jax.core.distributed import barrier, from_first, is_first
 from opd_jax.core.lineage import Identity
 from opd_jax.core.progress import StageProgress, say, stage_line
-from opd_jax.core.run_lock import share_lock
+from opd_jax.core.run_lock import file_lock
 from opd_jax.data.records import Record
 from opd_jax.data.store import Store, create_store
+from opd_jax.data.store_layout import local_folder
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import DataError
@@ -24,7 +25,14 @@ from opd_jax.sampling.sampler import SamplingJob, plan_for
 from opd_jax.sampling.slots import Sample
 from opd_jax.stages.context import RunContext, Split
 from opd_jax.stages.records import Artefact, Json
-from opd_jax.teacher.score import Scorer, padding_share, score_batches
+from opd_jax.teacher.batches import (
+    ScoreBatch,
+    cut_fingerprint,
+    padding_share,
+    score_batches,
+    shapes,
+)
+from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.score_pass import score_snapshot
 from opd_jax.teacher.self_test import self_test
 
@@ -109,7 +117,8 @@ def _share_held(ctx: RunContext, task: SampleTask, store: Store) -> Generator[No
     index, count = ctx.share
     beside = ctx.store_artefact(task.folder)
     folder = beside.parent if isinstance(beside, Path) else ctx.run_dir
-    with share_lock(folder, f"{task.stage}.share-{index + 1}-of-{count}"):
+    name = f"{task.stage}.share-{index + 1}-of-{count}"
+    with file_lock(folder / f".{name}.lock", f"{name} in '{folder}'", "start another share"):
         if is_first():
             store.begin_shares(count)
         yield
@@ -217,37 +226,89 @@ def pass_name(task: ScoreTask) -> str:
 def score(
     ctx: RunContext, task: ScoreTask, store: Store, snapshot: Snapshot
 ) -> tuple[TeacherPass, int]:
-    """Score whatever the pass does not hold yet; returns it, and the tokens in it."""
+    """Score whatever the pass does not hold yet; returns it, and the tokens in it.
+
+    Raises:
+        ConfigError: another run is at work on the pass.
+        DataError: the pass was begun otherwise, or the teacher fails its self-test.
+    """
     model, params = ctx.model("teacher")
     scorer = Scorer(model, params, task.top_k, task.batch_tokens, task.entropy)
-    meta = {
-        "teacher": task.teacher.to_json(),
-        "top_k": task.top_k,
-        "snapshot": snapshot.hash,
-        "compute_dtype": ctx.compute_dtype,
-    }
-    scores = store.create_pass(pass_name(task), meta)
-    done = len(scores.committed_records(snapshot))
-    if task.self_test and done < len(snapshot):
-        _say_of_pass(task, scorer, snapshot)
-    with StageProgress(task.stage, len(snapshot), task.unit, done) as progress:
-        on_batch: Callable[[int, int], None] = progress.add
-        score_snapshot(
-            scorer, snapshot, scores, on_batch, ctx.config.flush_seconds, ctx.share or (0, 1)
-        )
-    barrier("scored")
+    with _held(ctx, store, pass_name(task)):
+        scores = _open_pass(ctx, task, store, snapshot, scorer)
+        done = len(scores.committed_records(snapshot))
+        with StageProgress(task.stage, len(snapshot), task.unit, done) as progress:
+            on_batch: Callable[[int, int], None] = progress.add
+            score_snapshot(
+                scorer, snapshot, scores, on_batch, ctx.config.flush_seconds, ctx.share or (0, 1)
+            )
+        barrier("scored")
     return scores, int(snapshot.lengths()[1].sum())
 
 
-def _say_of_pass(task: ScoreTask, scorer: Scorer, snapshot: Snapshot) -> None:
-    """Before the first record is scored: the self-test, and how full the batches are."""
+@contextlib.contextmanager
+def _held(ctx: RunContext, store: Store, name: str) -> Generator[None]:
+    """A pass for this run alone, or a share of it; object stores have no such locks."""
+    root = local_folder(store.files)
+    if root is None:
+        yield
+        return
+    what, otherwise = f"teacher pass '{name}' in {root}", "use another store"
+    with file_lock(root / ".locks" / name, what, otherwise, shared=ctx.share is not None):
+        if ctx.share is None:
+            yield
+            return
+        index, count = ctx.share
+        path = root / ".locks" / f"{name}.{index + 1}-of-{count}"
+        with file_lock(path, f"share {index + 1}/{count} of {what}", "do another share"):
+            yield
+
+
+def _open_pass(
+    ctx: RunContext, task: ScoreTask, store: Store, snapshot: Snapshot, scorer: Scorer
+) -> TeacherPass:
+    """The pass, made once the teacher has shown to be sound: a bad one leaves nothing behind."""
     prompt_r, response_r = snapshot.lengths()
     tokens_r = prompt_r + response_r
     batches = score_batches(tokens_r, scorer)
-    say(stage_line(task.stage, self_test(scorer, snapshot, batches[0])))
-    share = padding_share(batches, tokens_r)
-    shape = f"{batches[0].rows} x {batches[0].length:,} tokens"
-    say(stage_line(task.stage, f"{len(batches):,} batches of {shape}, {share:.1%} padding"))
+    name, meta = pass_name(task), _pass_meta(ctx, task, snapshot, scorer, batches)
+    repair = f"set it as it was when the pass began, or begin anew with --force {task.stage}"
+
+    def opened() -> TeacherPass:
+        scores = store.create_pass(name, meta, repair)
+        if ctx.share is not None:
+            store.settle_shares(name, ctx.share[1])
+        return scores
+
+    begun = opened() if store.has_pass(name) else None
+    complete = begun is not None and len(begun.committed_records(snapshot)) == len(snapshot)
+    if task.self_test and not complete:
+        say(stage_line(task.stage, self_test(scorer, snapshot, batches[0])))
+        cut = ", ".join(f"{rows} x {length:,}" for length, rows in shapes(batches).items())
+        share = f"{padding_share(batches, tokens_r):.1%} padding"
+        say(stage_line(task.stage, f"{len(batches):,} batches of {cut} tokens, {share}"))
+    barrier("teacher tested")  # no process finds a pass that another has just made
+    return begun or opened()
+
+
+def _pass_meta(
+    ctx: RunContext,
+    task: ScoreTask,
+    snapshot: Snapshot,
+    scorer: Scorer,
+    batches: Sequence[ScoreBatch],
+) -> Json:
+    """All that the bits of the scores depend on; also what shares have to have alike."""
+    return {
+        "teacher": task.teacher.to_json(),
+        "top_k": task.top_k,
+        "snapshot": snapshot.hash,
+        **ctx.numerics(),
+        "batch_tokens": task.batch_tokens,
+        "mesh_ways": scorer.ways,
+        "row_lengths": list(shapes(batches)),
+        "records_in_batches": cut_fingerprint(batches),
+    }
 
 
 def thought_and_answer(ctx: RunContext, record: Record) -> str:

@@ -159,11 +159,15 @@ class StageRecords:
         return [*(path for path in artefacts if isinstance(path, Path)), self._final(name)]
 
     def put_back(self, name: str, artefacts: Sequence[Artefact]) -> None:
-        """Undo `set_aside`, unless something new has been written since."""
-        if not is_first() or any(exists(artefact) for artefact in artefacts):
+        """Undo `set_aside`, unless something new has been written since.
+
+        A store or a pass without a commit holds nothing: it gives way.
+        """
+        if not is_first() or any(exists(a) and not _is_bare(a) for a in artefacts):
             return
         for path in self._local(name, artefacts):
             if _aside(path).exists():
+                _remove(path)
                 _aside(path).rename(path)
                 self._started(name).unlink(missing_ok=True)
 
@@ -176,6 +180,14 @@ class StageRecords:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
+
+
+def _is_bare(artefact: Artefact) -> bool:
+    """Whether it is a store's or a pass's folder in which nothing is committed."""
+    if not isinstance(artefact, Path):
+        return False
+    begun = any((artefact / name).is_file() for name in ("dataset.json", "pass.json"))
+    return begun and not any(artefact.glob("commits/*.json"))
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,7 @@
     row 0   [prompt response | prompt response | prompt response .]
     row 1   [prompt response             | prompt response . . . .]
 
-All batches have one shape, and there is hardly any padding. Only the response tokens meet the
+Batches have few shapes, and there is hardly any padding. Only the response tokens meet the
 output head: their hidden states are moved to the front of each row, and the head runs over as many
 columns as the fullest row has. Which records share a batch follows from the snapshot,
 `batch_tokens` and the mesh alone, and a batch is always computed whole: a pass that was killed and
@@ -23,14 +23,12 @@ import numpy as np
 
 from opd_jax.algo.logprobs import CHUNK_TOKENS, chosen_logprobs, top_k_logprobs
 from opd_jax.core.mesh import axis_size, put_batch, replicated
-from opd_jax.data.collate import best_fit, bucket_length, packed_rows
+from opd_jax.data.collate import best_fit, packed_rows
 from opd_jax.data.records import Record, Scores
 from opd_jax.errors import DataError, ModelError
 from opd_jax.model.transformer import LanguageModel, Params
 
 POSITIVE_TOLERANCE = 1e-4  # float32 log-sum-exp can round a certain token's log-prob above 0
-LITTLE_PADDING = 0.02  # a longer row is not tried once one pads less than this
-ROW_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # lengths of rows to try, in longest records
 
 
 class _Out(NamedTuple):
@@ -75,13 +73,18 @@ class Scorer:
         return max(self.batch_tokens // length // self.ways, 1) * self.ways
 
     def score_all(self, records: Sequence[Record], length: int) -> list[Scores]:
-        """Score records in their order, in packed rows of `length` tokens."""
+        """Score records in their order, in packed rows of `length` tokens.
+
+        A batch that is not full has as few rows as a power of two times `ways` allows: few shapes.
+        """
         tokens = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in records]
-        rows = min(self.rows(length), -(-len(records) // self.ways) * self.ways)
+        most = self.rows(length)
         found: dict[int, Scores] = {}
         packed = best_fit(tokens, length)
-        for start in range(0, len(packed), rows):
-            members = packed[start : start + rows]
+        for start in range(0, len(packed), most):
+            members = packed[start : start + most]
+            needed = -(-len(members) // self.ways)
+            rows = min(most, self.ways << (needed - 1).bit_length())
             scores = self.score([[records[i] for i in row] for row in members], length, rows)
             found.update(zip((i for row in members for i in row), scores, strict=True))
         return [found[i] for i in range(len(records))]
@@ -216,57 +219,3 @@ def _some(
     )
     empty = jnp.zeros((*target.shape, 0))
     return _Out(chosen.logprob_bts[..., 0], chosen.entropy_bt, empty.astype(jnp.int32), empty)
-
-
-@dataclass(frozen=True)
-class ScoreBatch:
-    """Which records to score together, row by row, at which static shape."""
-
-    packed: tuple[tuple[int, ...], ...]
-    length: int
-    rows: int
-
-    @property
-    def indices(self) -> list[int]:
-        """The records of all rows."""
-        return [index for row in self.packed for index in row]
-
-
-def score_batches(tokens_r: np.ndarray, scorer: Scorer) -> list[ScoreBatch]:
-    """Cut a snapshot into batches of one shape; the last may have fewer rows.
-
-    Args:
-        tokens_r: prompt + response tokens of every record.
-    """
-    length, packed = _packed(np.asarray(tokens_r) - 1, scorer.batch_tokens)
-    rows = scorer.rows(length)
-    batches: list[ScoreBatch] = []
-    for start in range(0, len(packed), rows):
-        members = tuple(tuple(row) for row in packed[start : start + rows])
-        fewer = -(-len(members) // scorer.ways) * scorer.ways
-        batches.append(ScoreBatch(members, length, min(rows, fewer)))
-    return batches
-
-
-def _packed(tokens_r: np.ndarray, batch_tokens: int) -> tuple[int, list[list[int]]]:
-    """Length of the rows, and what is in each: rows as short as little padding allows."""
-    longest = int(tokens_r.max())
-    best: tuple[float, int, list[list[int]]] | None = None
-    for factor in ROW_FACTORS:
-        length = bucket_length(int(factor * longest))
-        if best is not None and length > batch_tokens:
-            break
-        packed = best_fit(tokens_r.tolist(), length)
-        padding = 1 - tokens_r.sum() / (len(packed) * length)
-        if best is None or padding < best[0]:
-            best = padding, length, packed
-        if padding < LITTLE_PADDING:
-            break
-    assert best is not None
-    return best[1], best[2]
-
-
-def padding_share(batches: Sequence[ScoreBatch], tokens_r: np.ndarray) -> float:
-    """Share of the computed tokens that belong to no record."""
-    computed = sum(batch.rows * batch.length for batch in batches)
-    return 1 - float((np.asarray(tokens_r) - 1).sum()) / computed

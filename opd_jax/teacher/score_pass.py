@@ -14,7 +14,8 @@ from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import DataError
-from opd_jax.teacher.score import ScoreBatch, Scorer, score_batches
+from opd_jax.teacher.batches import ScoreBatch, score_batches
+from opd_jax.teacher.score import Scorer
 
 AHEAD = 2  # batches on the device while the host reads the next one and writes the last
 

@@ -81,6 +81,23 @@ def test_gradient_at_151936_tokens_equals_the_oracle(mesh):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@MESHES
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_certain_token_has_log_prob_0_however_products_are_rounded(mesh, keep, monkeypatch):
+    """Logits of some 100,000 are off by 0.01 from a product whose terms are added otherwise."""
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", 2**27 if keep else 0)
+    hidden, head, _, _ = arrays(2, 9, 2048, 50, 1)
+    hidden *= 1000
+    ids = np.argmax(hidden @ head.T, axis=-1).astype(np.int32)
+    # Through the gradient as well: its forward pass is the one that keeps logits.
+    chosen, _ = jax.vjp(
+        lambda h: chosen_logprobs(h, head, ids[..., None], made(mesh), 7)[0], hidden
+    )
+    np.testing.assert_array_equal(chosen[..., 0], 0)
+    top = top_k_logprobs(hidden, head, ids, 2, made(mesh), chunk_tokens=4)
+    np.testing.assert_array_equal(top.logprob_bt, 0)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.floats(-30, 30))
 def test_a_shift_of_all_logits_changes_nothing(seed, shift):

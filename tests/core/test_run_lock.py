@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_jax.core.run_lock import run_lock, share_lock
+from opd_jax.core.run_lock import file_lock, run_lock
 from opd_jax.errors import ConfigError
 
 
@@ -25,13 +25,11 @@ def test_only_shares_are_in_a_run_folder_together(tmp_path, first, second, toget
         pass
 
 
-def test_a_share_is_done_once_at_a_time(tmp_path):
-    first, second = (share_lock(tmp_path, f"rollout.share-{i}-of-2") for i in (1, 2))
-    again = share_lock(tmp_path, "rollout.share-1-of-2")
-    with first, second, pytest.raises(ConfigError) as caught, again:
-        pass
-    told = str(caught.value)
-    assert told.startswith(f"rollout.share-1-of-2 in '{tmp_path}' is being done by process ")
-    assert told.endswith("; wait until it ends, or start another share")
-    with share_lock(tmp_path, "rollout.share-1-of-2"):
+def test_a_file_lock_says_what_it_guards_and_what_else_can_be_done(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with (
+        file_lock(path, "share 1/2", "do another share"),
+        pytest.raises(ConfigError, match=r"share 1/2 is in use by process .* or do another share"),
+        file_lock(path, "share 1/2", "do another share"),
+    ):
         pass

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store, open_store
-from opd_jax.data.store_files import encode_document
+from opd_jax.data.store_files import StoreFiles, encode_document
+from opd_jax.data.store_layout import look
 from opd_jax.errors import DataError
 
 LENGTHS = [0, 1, 16, 17, 40, 300]
@@ -171,3 +172,24 @@ def test_passes_are_apart_and_named_safely(tmp_path):
         store.create_pass("../x", {})
     with pytest.raises(DataError, match=r"nothing/pass.json: file is missing.*score stage"):
         store.open_pass("nothing")
+
+
+def test_a_pass_is_bound_to_its_meta_and_to_a_number_of_shares(tmp_path):
+    store = create_store(tmp_path, {})
+    assert not store.has_pass("t")
+    store.create_pass("t", {"batch_tokens": 64})
+    assert store.has_pass("t")
+    with pytest.raises(DataError, match="'batch_tokens' is 64, this run has 32; begin anew"):
+        store.create_pass("t", {"batch_tokens": 32}, "begin anew")
+    store.settle_shares("t", 2)
+    store.settle_shares("t", 2)
+    with pytest.raises(DataError, match=r"'shares' is 2, this run has 3; .*without --share, or"):
+        store.settle_shares("t", 3)
+    assert look(store.files).foreign == []
+
+
+def test_of_two_writers_of_a_new_document_one_wins(tmp_path):
+    files = StoreFiles(tmp_path)
+    files.write_new("a", b"1")
+    files.write_new("a", b"2")
+    assert files.read("a", "") == b"1"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -153,6 +154,52 @@ def test_a_changed_file_is_read_again(folder, tmp_path, reads, file):
     second = weights_fingerprint(folder, tmp_path / "fallback.json")
     assert len(reads) == 2
     assert (second == first) == (file == "config.json")
+
+
+def negated(path):
+    """The bytes of a file of as many, with one tensor negated."""
+    tensors = load_file(path)
+    other = path.with_name("other")
+    changed = {**tensors, "model.norm.weight": -tensors["model.norm.weight"]}
+    save_file(changed, other, metadata={"format": "pt"})
+    assert other.stat().st_size == path.stat().st_size
+    return other
+
+
+@pytest.mark.parametrize("way", ["another file in its place", "the file written over"])
+def test_a_file_of_the_same_size_and_time_is_read_again(folder, tmp_path, reads, way):
+    path = folder / "model.safetensors"
+    first, stat = weights_fingerprint(folder, tmp_path / "fallback.json"), path.stat()
+    other = negated(path)
+    if way == "another file in its place":
+        os.replace(other, path)
+    else:
+        path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert weights_fingerprint(folder, tmp_path / "fallback.json") != first
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("what", ["st_ino", "st_ctime_ns", "header"])
+def test_each_mark_of_a_file_counts_by_itself(folder, tmp_path, reads, monkeypatch, what):
+    path = folder / "model.safetensors"
+    weights_fingerprint(folder, tmp_path / "fallback.json")
+    real = os.fstat
+    names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    kept = {name: getattr(path.stat(), name) for name in names}
+    if what == "header":
+        path.write_bytes(negated(path).read_bytes())
+    else:
+        kept[what] += 1
+
+    def fstat(number):
+        stat = real(number)
+        return SimpleNamespace(**kept) if stat.st_ino == path.stat().st_ino else stat
+
+    monkeypatch.setattr(fingerprint.os, "fstat", fstat)
+    weights_fingerprint(folder, tmp_path / "fallback.json")
+    assert len(reads) == 2
 
 
 def test_where_nothing_can_be_written_the_run_folder_keeps_it(folder, tmp_path, reads):

@@ -12,7 +12,8 @@ from opd_jax.data.records import Record
 from opd_jax.data.store import create_store
 from opd_jax.errors import DataError, ModelError
 from opd_jax.model.transformer import LanguageModel
-from opd_jax.teacher.score import Scorer, padding_share, score_batches
+from opd_jax.teacher.batches import padding_share, score_batches
+from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.score_pass import score_snapshot
 
 forward = jax.jit(LanguageModel.forward, static_argnums=0)
@@ -68,7 +69,11 @@ def test_batches_cover_every_record_once_within_their_shape(tokens, batch_tokens
     model, params = tiny()
     batches = score_batches(np.array(tokens), Scorer(model, params, 0, batch_tokens))
     assert sorted(i for b in batches for i in b.indices) == list(range(len(tokens)))
-    assert len({(b.length, b.rows) for b in batches[:-1]} | {(b.length,) for b in batches}) <= 2
+    for length in (lengths := {batch.length for batch in batches}):
+        shapes = {(b.length, b.rows) for b in [b for b in batches if b.length == length][:-1]}
+        assert len(shapes) <= 1  # the last of a length may have fewer rows
+    assert len(lengths) <= 8
+    assert [b.length for b in batches] == sorted((b.length for b in batches), reverse=True)
     for batch in batches:
         assert len(batch.packed) == batch.rows
         assert all(sum(tokens[i] - 1 for i in row) <= batch.length for row in batch.packed)
@@ -83,6 +88,53 @@ def test_padding_is_little_where_records_are_short_against_a_batch(longest, spre
     tokens = np.minimum(np.exp(rng.normal(5.5, spread, 1000)).astype(int) + 8, longest)
     batches = score_batches(tokens, Scorer(model, params, 0, 8192))
     assert padding_share(batches, tokens) < 0.05
+
+
+LONG = {  # of batches of 8,192 tokens; one record a row fits, two do not
+    "much alike, one longer": lambda rng, n: np.r_[rng.integers(4150, 4250, n - 1), 6100],
+    "0.51 to 0.6, one longer": lambda rng, n: np.r_[rng.integers(4178, 4915, n - 1), 8000],
+    "two clusters": lambda rng, n: np.r_[
+        rng.integers(1650, 1750, n // 2), rng.integers(4700, 4900, n // 2)
+    ],
+    "half a batch to a whole one": lambda rng, n: rng.integers(4100, 8192, n),
+    "around half a batch": lambda rng, n: rng.integers(3277, 4915, n),
+    "all longer than a batch": lambda rng, n: rng.integers(9000, 18_000, n),
+    "one longer than two batches": lambda rng, n: np.r_[rng.integers(4150, 4900, n - 1), 20_000],
+}
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=4)], ids=["one way", "four ways"])
+@pytest.mark.parametrize("kind", LONG)
+def test_padding_is_little_where_records_are_long_against_a_batch(kind, mesh):
+    model, params = tiny(mesh=mesh and make_mesh(mesh))
+    tokens = LONG[kind](np.random.default_rng(0), 1200)
+    scorer = Scorer(model, params, 0, 8192)
+    batches = score_batches(tokens, scorer)
+    assert padding_share(batches, tokens) < 0.05
+    assert len({batch.length for batch in batches}) <= 8
+    most = max(8192, max(tokens) + 15)  # a device's rows: no longer than the longest record
+    assert all(b.rows * b.length <= scorer.ways * most for b in batches)
+    order = np.random.default_rng(1).permutation(len(tokens))
+    shuffled = score_batches(tokens[order], scorer)
+    assert [(b.rows, b.length) for b in batches] == [(b.rows, b.length) for b in shuffled]
+
+
+def test_a_live_batch_has_no_more_rows_than_a_power_of_two_needs(monkeypatch):
+    """Packed records need fewer rows than there are records."""
+    model, params = tiny(mesh=make_mesh(MeshConfig(fsdp=2)))
+    scorer, seen = Scorer(model, params, batch_tokens=6 * 128), []
+    score = Scorer.score
+
+    def noted(self, packed, length, rows):
+        seen.append((len(packed), rows))
+        return score(self, packed, length, rows)
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    for count in (1, 9, 24, 60):
+        assert len(scorer.score_all(make_records(count), 128)) == count
+    assert {rows for _, rows in seen} == {2, 4, 6}
+    for needed, rows in seen:
+        assert needed <= rows < 2 * max(needed, 2)
 
 
 def test_a_pass_that_was_cut_off_ends_with_the_same_bits(tmp_path):

@@ -12,6 +12,7 @@ from opd_jax.core.mesh import make_mesh
 from opd_jax.data.store import create_store
 from opd_jax.errors import DataError
 from opd_jax.teacher import score
+from opd_jax.teacher.batches import score_batches
 from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.self_test import self_test
 from tests.teacher.test_score import make_records
@@ -28,7 +29,7 @@ def snapshot(tmp_path):
 
 def run_test(scorer, snapshot):
     """What the score stage does first."""
-    batches = score.score_batches(sum(snapshot.lengths()), scorer)
+    batches = score_batches(sum(snapshot.lengths()), scorer)
     return self_test(scorer, snapshot, batches[0])
 
 
@@ -37,6 +38,21 @@ def test_a_sound_teacher_passes(snapshot, mesh):
     model, params = tiny(mesh=mesh and make_mesh(mesh))
     line = run_test(Scorer(model, params, batch_tokens=256), snapshot)
     assert "the same twice to the bit" in line
+
+
+@pytest.mark.parametrize("batch_tokens", [40, 256])
+def test_there_are_two_shapes_whatever_the_batch(snapshot, monkeypatch, batch_tokens):
+    """Of 40 tokens a batch has one row: more columns are the other shape then."""
+    model, params = tiny()
+    right, seen = Scorer.score, []
+
+    def noted(self, packed, length, rows):
+        seen.append((length, rows))
+        return right(self, packed, length, rows)
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    run_test(Scorer(model, params, batch_tokens=batch_tokens), snapshot)
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_a_teacher_that_says_nothing(snapshot):

@@ -1,0 +1,86 @@
+import math
+
+import pytest
+
+from opd_jax.config_train import GuardConfig, SFTConfig
+from opd_jax.train.guard import Guard, Saturation
+
+HEALTHY = {"heldout_w_std": 0.04, "heldout_log_w": -0.01, "heldout_iw_reverse_kl": 0.3}
+
+
+def figures(**changes):
+    return {**HEALTHY, **{f"heldout_{name}": value for name, value in changes.items()}}
+
+
+def test_a_healthy_run_is_left_alone_and_its_best_state_is_kept():
+    guard = Guard(GuardConfig(action="stop", patience=1))
+    verdicts = [guard.look(s, figures(iw_reverse_kl=kl)) for s, kl in enumerate((0.4, 0.2, 0.3))]
+    assert [v.best for v in verdicts] == [True, True, False]
+    assert guard.best == (0.2, 1)
+    assert not any(v.warnings or v.stop for v in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"w_std": 0.36}, "standard deviation of w on held-out rollouts is 0.36, beyond 0.35"),
+        ({"log_w": -1.6}, "mean log W of held-out rollouts is -1.60, beyond -1.5"),
+    ],
+)
+def test_a_limit_that_is_crossed_is_named_with_a_remedy(changes, expected):
+    (line,) = Guard(GuardConfig()).look(10, figures(**changes)).warnings
+    assert expected in line
+    assert "refresh.every" in line
+    assert not Guard(GuardConfig(action="off")).look(10, figures(**changes)).warnings
+
+
+def test_worse_than_before_training_counts_only_beyond_the_noise():
+    guard = Guard(GuardConfig())
+    first = {"fresh_accuracy": 0.8, "fresh_accuracy_stderr": 0.07}
+    guard.look(0, first)
+    near = guard.look(10, {"fresh_accuracy": 0.65, "fresh_accuracy_stderr": 0.08})
+    assert not near.warnings
+    far = guard.look(20, {"fresh_accuracy": 0.5, "fresh_accuracy_stderr": 0.09})
+    assert "fresh_accuracy is 0.500, worse than 0.800 before training" in far.warnings[0]
+
+
+def test_stops_after_as_many_warnings_in_a_row_as_it_has_patience_for():
+    guard = Guard(GuardConfig(action="stop", patience=2))
+    bad = figures(w_std=0.5)
+    found = [guard.look(s, f).stop for s, f in enumerate((HEALTHY, bad, HEALTHY, bad, bad))]
+    assert found == [False, False, False, False, True]
+    warned = Guard(GuardConfig(patience=1))
+    assert not warned.look(0, bad).stop  # it only warns
+
+
+def test_the_most_trusted_judge_decides():
+    guard = Guard(GuardConfig())
+    guard.look(0, {**HEALTHY, "fresh_accuracy": 0.5, "fresh_reverse_kl": 0.3})
+    better = {**HEALTHY, "fresh_accuracy": 0.9, "fresh_reverse_kl": 0.4}
+    assert not guard.look(1, better).best
+    better["fresh_reverse_kl"] = math.nan
+    assert not guard.look(2, better).best
+    assert guard.look(3, {**better, "fresh_reverse_kl": 0.1}).best
+
+
+def test_a_restored_guard_goes_on_as_if_nothing_had_happened():
+    config = GuardConfig(action="stop", patience=2)
+    straight = Guard(config)
+    sequence = [HEALTHY, figures(w_std=0.5), figures(w_std=0.6)]
+    wanted = [straight.look(s, f) for s, f in enumerate(sequence)]
+    guard, found = Guard(config), []
+    for step, figure in enumerate(sequence):
+        guard = Guard.restored(config, guard.state())
+        found.append(guard.look(step, figure))
+    assert found == wanted
+    assert Guard.restored(config, None) == Guard(config)
+
+
+def test_saturation_is_said_once_and_again_after_it_fell():
+    probe = Saturation.of(SFTConfig(saturation=0.01))
+    gaps = (0.5, 0.2, 0.195, 0.192, 0.191, 0.1, 0.099, 0.098, 0.0975)
+    said = [probe.look(gap) for gap in gaps]
+    assert [bool(line) for line in said] == [False] * 3 + [True] + [False] * 3 + [True, False]
+    assert "0.1920 nats a token, within 0.01 for three evaluations" in said[3]
+    assert not probe.stops
+    assert Saturation.of(SFTConfig(stop_when_saturated=True)).stops

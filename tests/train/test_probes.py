@@ -1,0 +1,84 @@
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny
+
+from opd_jax.config import SamplingConfig
+from opd_jax.data.collate import Scored
+from opd_jax.data.records import Record, Scores
+from opd_jax.teacher.score import Scorer
+from opd_jax.train.probes import AnswerProbe, FreshProbe, HeldOutProbe, held_out
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 3), st.integers(0, 20))
+def test_held_out_prompts_are_whole_and_few(prompts, samples, wanted):
+    names = [f"p{i}" for i in range(prompts) for _ in range(samples)]
+    train, kept = held_out(names, wanted)
+    assert sorted([*train, *kept]) == list(range(len(names)))
+    assert not {names[i] for i in train} & {names[i] for i in kept}
+    assert len(kept) <= min(wanted, len(names) // 10)
+
+
+def test_what_is_held_out_depends_on_the_prompts_alone():
+    names = [f"p{i}" for i in range(50)]
+    kept = {names[i] for i in held_out(names, 5)[1]}
+    again = {names[::-1][i] for i in held_out(names[::-1], 5)[1]}
+    assert kept == again
+    assert len(kept) == 5
+
+
+def records(model, params, n=4):
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(n):
+        ids = rng.integers(0, 64, 5 + i).astype(np.int32)
+        made.append(Record(f"p{i}", 0, ids[:2], ids[2:], np.full(3 + i, -1.0, np.float32), "stop"))
+    scores = Scorer(model, params, batch_tokens=32).score_all(made, 16)
+    return [
+        Record(r.prompt_id, 0, r.prompt_ids, r.response_ids, s.logprob, "stop")
+        for r, s in zip(made, scores, strict=True)
+    ]
+
+
+def test_held_out_figures_of_the_sampler_itself_are_at_rest():
+    model, params = tiny()
+    found = records(model, params)
+    scored = [Scored(r, Scores(r.student_logprob - np.float32(0.5))) for r in found]
+    figures = HeldOutProbe(model, scored, 10.0, 32)(params)
+    assert figures["heldout_w"] == pytest.approx(1.0, abs=1e-4)
+    assert figures["heldout_w_std"] < 1e-4
+    assert figures["heldout_reverse_kl_estimate"] == pytest.approx(0.5, abs=1e-4)
+    assert figures["heldout_half_squared_advantage"] == pytest.approx(0.125, abs=1e-4)
+    assert 0 < figures["heldout_entropy"] < np.log(64)
+
+
+def test_the_teacher_s_own_answers_have_no_gap():
+    model, params = tiny()
+    figures = AnswerProbe(model, records(model, params), 32)(params)
+    assert figures["heldout_gap"] == pytest.approx(0.0, abs=1e-4)
+    assert figures["heldout_nll"] > 1
+
+
+def test_fresh_samples_are_graded_and_scored():
+    model, params = tiny()
+    probe = FreshProbe(
+        model=model,
+        prompts=[(f"p{i}", [i + 1, i + 2]) for i in range(4)],
+        sampling=SamplingConfig(max_new_tokens=6, slots=4),
+        end_ids=(0,),
+        seed=1,
+        text=None,
+        grade=lambda record: record.prompt_id in ("p0", "p2", "p3"),
+        teacher=Scorer(model, params, batch_tokens=32),
+    )
+    figures = probe(params)
+    assert figures["fresh_accuracy"] == 0.75
+    assert figures["fresh_accuracy_stderr"] == pytest.approx(0.25, abs=0.01)
+    assert figures["fresh_reverse_kl"] == pytest.approx(0.0, abs=1e-4)  # the teacher is the student
+    assert 0 < figures["fresh_tokens"] <= 6
+    assert probe(params) == figures
+    other = probe(model.init(jax.random.key(5)))
+    assert other["fresh_reverse_kl"] > 0.001
