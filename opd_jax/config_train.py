@@ -182,6 +182,8 @@ class TrainRun(LoopConfig):
             )
         if self.refresh.on_drift and self.guard.action == "off":
             raise ValueError("guard.action is 'off', and refresh.on_drift waits for its warnings")
+        if self.refresh.on_drift and not self.heldout:
+            raise ValueError("heldout is 0, and refresh.on_drift sees drift on what is held out")
         return self
 
     @model_validator(mode="after")

@@ -59,7 +59,7 @@ class Watch:
             verdict = self.guard.look(steps, figures)
             warnings += verdict.warnings
             self.stopped = verdict.stop
-            self._drifted = bool(verdict.warnings)
+            self._drifted = steps > 0 and bool(verdict.warnings)
             if verdict.best:
                 checkpoint.save(self.directory, steps, params, {"figures": figures}, keep=1)
         self.report(steps, figures, warnings)
