@@ -115,11 +115,10 @@ def run_training(
         return whole(result_of(state.params, state.opt_state))
 
     done = int(state.step)
-    run = _Run(job, log, source.pieces, tokens)
     if watch is not None and done == 0 and watch.due(0):
         watch.look(0, model_of(state))
     next_batch = source.start(done)
-    run.meter.pause()
+    run = _Run(job, log, source.pieces, tokens)
     with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
         while done < job.loop.steps and not (watch and watch.stopped):
             batch = run.wait(next_batch, done, functools.partial(whole, state.params))
@@ -129,21 +128,20 @@ def run_training(
             done += 1
             leave = notice.reached(done) and done % source.stride == 0
             evaluate = watch is not None and watch.due(done)
-            round_due = watch is not None and watch.round_due(done)
-            save = done % job.loop.save_every == 0 or done == job.loop.steps or leave
-            if not (evaluate or save or round_due):
-                continue
-            run.flush()  # a step that is not finite is never saved
             if watch is not None and evaluate:
+                run.flush()
                 watch.look(done, model_of(state))
             turned = watch is not None and watch.turn(done)
-            if save or turned or (watch and watch.stopped):
+            save = leave or turned or done % job.loop.save_every == 0 or done == job.loop.steps
+            if save or (watch and watch.stopped):
+                run.flush()  # a step that is not finite is never saved
                 saver.save(done, state, _meta(job, run, watch))
-            if leave or turned:
+            if leave or turned:  # a round is drawn from a state that is there
                 saver.finish()
             if leave:
                 raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
-            run.meter.pause()
+            if save or evaluate:
+                run.meter.pause()
     params, best = model_of(state), None
     if watch is not None:
         params, best = watch.chosen(params, job.model.abstract(_dtype(params)))

@@ -64,10 +64,6 @@ class Watch:
                 checkpoint.save(self.directory, steps, params, {"figures": figures}, keep=1)
         self.report(steps, figures, warnings)
 
-    def round_due(self, steps: int) -> bool:
-        """Whether a round begins after so many steps, whatever an evaluation says."""
-        return self.rounds is not None and self.rounds.due(steps)
-
     def turn(self, steps: int) -> bool:
         """Begin a round if it is time to; the state has to be saved before it is drawn."""
         drifted, self._drifted = self._drifted, False
