@@ -1,4 +1,4 @@
-"""The blocks of the config about training: loops, optimizer, adapters, runs and their guard."""
+"""The blocks of the config about training: loops, optimizer, adapters, runs, guard, refresh."""
 
 from __future__ import annotations
 
@@ -119,6 +119,23 @@ class GuardConfig(Frozen):
     """Which state is the trained model, where the guard did not stop the run."""
 
 
+class RefreshConfig(Frozen):
+    """When a run's current student draws new rollouts, which the teacher scores, to go on from."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two rounds; `None`: on drift alone."""
+    on_drift: bool = False
+    """Also at an evaluation with a warning of the guard."""
+    rounds: int | None = Field(default=None, ge=1)
+    """At most so many; `None`: no limit."""
+
+    @model_validator(mode="after")
+    def _some_time(self) -> RefreshConfig:
+        if self.every is None and not self.on_drift:
+            raise ValueError("every is not given and on_drift is false; set one, or leave it out")
+        return self
+
+
 class TrainRun(LoopConfig):
     """One training run from the SFT student. Its name in `train.runs` names its checkpoint."""
 
@@ -151,6 +168,23 @@ class TrainRun(LoopConfig):
     ratio_clip: float | None = Field(default=None, gt=0, lt=1)
     """`opd`, `sampled`: PPO's clipped ratio to the policy that drew the samples."""
     guard: GuardConfig = GuardConfig()
+    refresh: RefreshConfig | None = None
+    """`lightning_opd`: sample and score anew on the way; `None`: never."""
+
+    @model_validator(mode="after")
+    def _rounds_can_be_planned(self) -> TrainRun:
+        if self.refresh is None:
+            return self
+        if self.batch_tokens is not None:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} leaves open how many responses a round of "
+                "refresh has to draw; leave one of the two out"
+            )
+        if self.refresh.on_drift and self.guard.action == "off":
+            raise ValueError("guard.action is 'off', and refresh.on_drift waits for its warnings")
+        if self.refresh.on_drift and not self.heldout:
+            raise ValueError("heldout is 0, and refresh.on_drift sees drift on what is held out")
+        return self
 
     @model_validator(mode="after")
     def _keys_fit_the_algorithm(self) -> TrainRun:
@@ -173,6 +207,7 @@ class TrainRun(LoopConfig):
         """(key, value, value that means off, (key it depends on, what that has to be))."""
         return [
             ("batch_tokens", self.batch_tokens, None, ("algorithm", "lightning_opd")),
+            ("refresh", self.refresh, None, ("algorithm", "lightning_opd")),
             ("steps_per_batch", self.steps_per_batch, 1, ("algorithm", "opd")),
             ("ratio_clip", self.ratio_clip, None, ("algorithm", "opd")),
             ("ratio_clip", self.ratio_clip, None, ("objective", "sampled")),

@@ -274,6 +274,14 @@ def test_a_topk_run_needs_stored_teacher_tokens(write):
             "algorithm: opd, save_every: 5, steps_per_batch: 2",
             "save_every 5 is no multiple of steps_per_batch 2, and only then",
         ),
+        (
+            "algorithm: opd, refresh: {every: 2}",
+            "refresh every=2 on_drift=False rounds=None is for",
+        ),
+        ("refresh: {rounds: 2}", "refresh.every is not given and on_drift is false; set one"),
+        ("batch_tokens: 9, refresh: {every: 2}", "batch_tokens 9 leaves open how many responses"),
+        ("guard: {action: 'off'}, refresh: {on_drift: true}", "guard.action is 'off', and refresh"),
+        ("heldout: 0, refresh: {on_drift: true}", "heldout is 0, and refresh.on_drift sees"),
     ],
 )
 def test_options_of_another_algorithm_are_refused(write, run, expected):

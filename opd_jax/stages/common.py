@@ -54,6 +54,8 @@ class Stage:
     inputs: Callable[[], Json]
     run: Callable[[], Outcome]
     artefacts: Callable[[], Sequence[Artefact]]
+    extras: Callable[[], Sequence[Artefact]] = tuple
+    """What it may leave behind besides: `--force` removes it, too."""
     gap: Callable[[Json], str] = lambda outputs: ""
     """What has gone, in words, of what made these outputs; empty: nothing."""
 
@@ -84,7 +86,7 @@ def sample(ctx: RunContext, task: SampleTask, meta: Json) -> tuple[Store, Snapsh
     """Sample whatever the store does not hold yet, and freeze it."""
     requests, store = _requests(ctx, task), _create(ctx, task, meta)
     _sample_rest(ctx, task, store, requests)
-    return store, _freeze(store, requests, task)
+    return store, freeze_all(store, requests, task.folder, task.stage)
 
 
 def sample_outcome(ctx: RunContext, task: SampleTask, meta: Json, made_by: Json) -> Outcome:
@@ -98,7 +100,7 @@ def sample_outcome(ctx: RunContext, task: SampleTask, meta: Json, made_by: Json)
         _sample_rest(ctx, task, store, requests)
         if ctx.share is not None and not _all_there(store, requests):
             return Outcome({}, {}, complete=False)
-        snapshot = _freeze(store, requests, task)
+        snapshot = freeze_all(store, requests, task.folder, task.stage)
         if is_first():
             store.end_shares()
     tokens = int(snapshot.lengths()[1].sum())
@@ -141,10 +143,18 @@ def _sample_rest(
     job = SamplingJob(model, params, task.sampling, tokenizer.end_ids, ctx.seed(task.stream), text)
     unit = "sampled" if task.sampling.temperature else "greedy answers"
     work = Work(requests, plan_for(job, requests), ctx.share or (0, 1))
-    pending, done = work.pending(store)
-    if pending and task.split != "eval":  # each checkpoint would say it
+    if task.split != "eval" and work.pending(store)[0]:  # each checkpoint would say it
         say(stage_line(task.stage, str(work.plan)))
-    with StageProgress(task.stage, len(pending) + done, unit, done) as progress:
+    fill_store(ctx, (task.stage, unit), job, store, work)
+
+
+def fill_store(
+    ctx: RunContext, shown: tuple[str, str], job: SamplingJob, store: Store, work: Work
+) -> None:
+    """Sample what the store does not hold yet; `shown`: the stage, and what is counted."""
+    stage, unit = shown
+    pending, done = work.pending(store)
+    with StageProgress(stage, len(pending) + done, unit, done) as progress:
         lengths = _Lengths()
 
         def on_sample(sample: Sample) -> None:
@@ -180,12 +190,17 @@ def _create(ctx: RunContext, task: SampleTask, meta: Json) -> Store:
     return create_store(ctx.store_root(task.folder), content)
 
 
-def _freeze(store: Store, requests: Sequence[Request], task: SampleTask) -> Snapshot:
+def freeze_all(store: Store, requests: Sequence[Request], folder: str, stage: str) -> Snapshot:
+    """Freeze what was asked for.
+
+    Raises:
+        DataError: the store holds more or less.
+    """
     snapshot = store.freeze()
     if len(snapshot) != len(requests):
         raise DataError(
-            f"{task.folder}: holds {len(snapshot)} records, {len(requests)} were asked for; "
-            f"--force {task.stage} samples them again"
+            f"{folder}: holds {len(snapshot)} records, {len(requests)} were asked for; "
+            f"--force {stage} samples them again"
         )
     return snapshot
 
@@ -199,6 +214,7 @@ class ScoreTask(NamedTuple):
     batch_tokens: int
     entropy: bool = False
     self_test: bool = False
+    unit: str = "scored"
 
 
 def pass_name(task: ScoreTask) -> str:
@@ -221,7 +237,7 @@ def score(
     with _held(ctx, store, pass_name(task)):
         scores = _open_pass(ctx, task, store, snapshot, scorer)
         done = len(scores.committed_records(snapshot))
-        with StageProgress(task.stage, len(snapshot), "scored", done) as progress:
+        with StageProgress(task.stage, len(snapshot), task.unit, done) as progress:
             on_batch: Callable[[int, int], None] = progress.add
             score_snapshot(
                 scorer, snapshot, scores, on_batch, ctx.config.flush_seconds, ctx.share or (0, 1)

@@ -211,16 +211,19 @@ class RunContext:
         """Where a training run keeps its state, its final model and its lineage."""
         return self.run_dir / "checkpoints" / name
 
-    def save_model(self, name: str, params: Params, lineage: Json) -> Identity:
-        """Keep a trained model's parameters with their lineage; returns who it is."""
-        model = self.program("student")
-        identity = Identity(
-            f"checkpoint {name}",
+    def student_identity(self, name: str, params: Params) -> Identity:
+        """Who a student with these parameters is."""
+        return Identity(
+            name,
             fingerprint_params(params),
-            architecture_fingerprint(model.arch),
+            architecture_fingerprint(self.program("student").arch),
             self.tokenizer("student").fingerprint,
             self._tokenizer_parts("student"),
         )
+
+    def save_model(self, name: str, params: Params, lineage: Json) -> Identity:
+        """Keep a trained model's parameters with their lineage; returns who it is."""
+        identity = self.student_identity(f"checkpoint {name}", params)
         folder = self.checkpoint_dir(name)
         checkpoint.save(folder / "model", 0, params, {"identity": identity.to_json()}, keep=1)
         write_json(folder / "lineage.json", {"model": identity.to_json(), **lineage})

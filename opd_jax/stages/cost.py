@@ -69,7 +69,8 @@ def _train_estimate(ctx: RunContext, name: str, student: int, teacher: int) -> E
     if run.algorithm == "sft":
         length = ctx.config.sft.row_tokens
     tokens = run.steps * run.batch_size * length
-    live = 2 * (student + teacher) if run.algorithm == "opd" else 0
+    fresh = run.algorithm == "opd" or run.refresh is not None
+    live = 2 * (student + teacher) if fresh else 0
     return Estimate(tokens, 12.0 * student, (6 * student + live) * tokens)
 
 

@@ -30,7 +30,7 @@ from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, Spent, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 
-PARTS = ("inputs", "run", "artefacts", "gap")  # those that keep a store have the last
+PARTS = ("inputs", "run", "artefacts", "extras", "gap")  # not every stage has the last two
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
 
 
@@ -49,7 +49,7 @@ def stages_of(ctx: RunContext) -> list[Stage]:
 
 def _stage(name: str, module: object, *given: RunContext | str) -> Stage:
     parts = [part for part in PARTS if hasattr(module, part)]
-    return Stage(name, *(partial(getattr(module, part), *given) for part in parts))
+    return Stage(name, **{part: partial(getattr(module, part), *given) for part in parts})
 
 
 def run(
@@ -144,16 +144,16 @@ def _select(names: Sequence[str], wanted: Sequence[str] | None, flag: str) -> li
 
 
 def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
-    inputs = stage.inputs()
+    inputs, written = stage.inputs(), [*stage.artefacts(), *stage.extras()]
     if forced:
-        ctx.records.set_aside(stage.name, stage.artefacts())
+        ctx.records.set_aside(stage.name, written)
         barrier(f"aside {stage.name}")
-    here = [exists(artefact) for artefact in stage.artefacts()]
-    if not any(here):
+    here = all(exists(artefact) for artefact in stage.artefacts())
+    if not here and not any(exists(artefact) for artefact in written):
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
     barrier(f"inputs of {stage.name}")
     ctx.records.check_inputs(stage.name, inputs)
-    record = ctx.records.done(stage.name) if all(here) else None
+    record = ctx.records.done(stage.name) if here else None
     gap = "" if record is None else stage.gap(record["outputs"])
     if record is not None and not gap:
         say(stage_line(stage.name, f"done before, in {record['seconds']:.1f} s"))
@@ -168,7 +168,7 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
             outcome = stage.run()
             spent = elapsed()
     except BaseException:
-        ctx.records.put_back(stage.name, stage.artefacts())
+        ctx.records.put_back(stage.name, written)
         raise
     barrier(f"end of {stage.name}")
     if ctx.share is not None:
@@ -186,7 +186,7 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
             **_cost(ctx, stage.name, spent, record),
         },
     )
-    ctx.records.drop_aside(stage.name, stage.artefacts())
+    ctx.records.drop_aside(stage.name, written)
 
 
 def _cost(ctx: RunContext, name: str, spent: Spent, before: Json | None) -> Json:

@@ -12,6 +12,7 @@ from opd_jax.data.store_pass import TeacherPass
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext, lineage_file
 from opd_jax.stages.records import Artefact, Json
+from opd_jax.stages.rounds import Rollouts, RoundRollouts, round_inputs, rounds_folder
 from opd_jax.stages.training import Prepared, TrainTask, prepare_answers, train
 from opd_jax.stages.watching import fresh_probe, rollout_probe
 from opd_jax.teacher.consistency import (
@@ -24,6 +25,7 @@ from opd_jax.teacher.consistency import (
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.guard import Guard
 from opd_jax.train.probes import Probe, held_out
+from opd_jax.train.rounds import Rounds
 from opd_jax.train.sources import (
     LiveTeacher,
     Packing,
@@ -47,7 +49,8 @@ def inputs(ctx: RunContext, name: str) -> Json:
     if run.algorithm == "lightning_opd":
         scored = ctx.records.outputs("score", stage)
         rollouts = ctx.records.outputs("rollout", stage)["snapshot"]
-        return {**shared, "rollouts": rollouts, "scores": scored["pass"]}
+        rounds = {} if run.refresh is None else {"rounds": round_inputs(ctx)}
+        return {**shared, "rollouts": rollouts, "scores": scored["pass"], **rounds}
     if run.algorithm == "opd":
         return {
             **shared,
@@ -63,6 +66,11 @@ def inputs(ctx: RunContext, name: str) -> Json:
 def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
     """What `--force` removes."""
     return [ctx.checkpoint_dir(name)]
+
+
+def extras(ctx: RunContext, name: str) -> list[Artefact]:
+    """Rollouts of rounds, which `--force` removes as well."""
+    return [ctx.store_artefact(rounds_folder(name))]
 
 
 def run(ctx: RunContext, name: str) -> Outcome:
@@ -106,18 +114,25 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
         support = support_size(scores.meta["top_k"], config.support)
     members, kept = held_out([key for key, _ in snapshot.keys], config.heldout)
     prompt_r, response_r = snapshot.lengths()
-    longest = int((prompt_r + response_r).max())
-    packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
-    source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
     probes: list[Probe] = []
-    if kept:
-        probes.append(rollout_probe(ctx, snapshot, scores, kept, _terms(config)))
+    rounds = None if config.refresh is None else Rounds(config.refresh, config.steps)
+    if rounds is None:
+        longest = int((prompt_r + response_r).max())
+        packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
+        source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
+        if kept:
+            probes.append(rollout_probe(ctx, snapshot, scores, kept, config.tau))
+    else:
+        drawn = RoundRollouts(ctx, name, rounds, Rollouts(snapshot, scores), support)
+        source = drawn.source()
+        if kept:
+            probes.append(drawn.probe)
     teacher = None
     if config.guard.teacher:
         teacher = Scorer(*ctx.model("teacher"), batch_tokens=ctx.config.score.batch_tokens)
     fresh = fresh_probe(ctx, config, [snapshot.keys[i][0] for i in kept], teacher)
     guard = Guard(config.guard)
-    prepared = Prepared(source, [*probes, *([fresh] if fresh else [])], guard)
+    prepared = Prepared(source, [*probes, *([fresh] if fresh else [])], guard, rounds=rounds)
     return prepared, {**lineage, "rollouts": snapshot.hash}
 
 

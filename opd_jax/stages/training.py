@@ -19,6 +19,7 @@ from opd_jax.train import checkpoint
 from opd_jax.train.guard import Figures, Guard, Saturation
 from opd_jax.train.loop import Source, TrainJob, run_training
 from opd_jax.train.probes import AnswerProbe, Probe, held_out
+from opd_jax.train.rounds import Rounds
 from opd_jax.train.sources import sft_source
 from opd_jax.train.step import Objective
 from opd_jax.train.watch import Watch
@@ -35,12 +36,13 @@ class TrainTask(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Where a run's batches come from, what it is evaluated by, and what judges that."""
+    """Where a run's batches come from, what it is evaluated by, what judges that, its rounds."""
 
     source: Source
     probes: list[Probe]
     guard: Guard | None = None
     saturation: Saturation | None = None
+    rounds: Rounds | None = None
 
 
 def train(
@@ -79,6 +81,9 @@ def train(
         counts["best_step"] = result.best
     if result.skipped:
         counts["skipped"] = result.skipped
+    if prepared.rounds is not None:
+        lineage = {**lineage, "rounds": prepared.rounds.lineage()}
+        counts["rounds"] = len(prepared.rounds.starts) - 1
     identity = ctx.save_model(task.name, result.params, lineage)
     return identity, counts
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd_jax.algo.losses import Terms
 from opd_jax.config import SamplingConfig
 from opd_jax.config_train import TrainRun
 from opd_jax.data.collate import Scored
@@ -19,13 +18,11 @@ from opd_jax.train.probes import FreshProbe, HeldOutProbe, Probe
 
 
 def rollout_probe(
-    ctx: RunContext, snapshot: Snapshot, scores: TeacherPass, kept: Sequence[int], terms: Terms
+    ctx: RunContext, snapshot: Snapshot, scores: TeacherPass, kept: Sequence[int], tau: float
 ) -> HeldOutProbe:
     """The figures of held-out rollouts."""
     scored = map(Scored, snapshot.read_many(kept), scores.read_many(snapshot, kept))
-    return HeldOutProbe(
-        ctx.program("student"), list(scored), terms.tau, ctx.config.score.batch_tokens
-    )
+    return HeldOutProbe(ctx.program("student"), list(scored), tau, ctx.config.score.batch_tokens)
 
 
 def fresh_probe(

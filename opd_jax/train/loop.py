@@ -120,11 +120,10 @@ def run_training(
         return whole(result_of(state.params, state.opt_state))
 
     done = int(state.step)
-    run = _Run(job, log, source, past)
     if watch is not None and done == 0 and watch.due(0):
         watch.look(0, model_of(state))
     next_batch = source.start(done)
-    run.meter.pause()
+    run = _Run(job, log, source, past)
     with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
         while done < job.loop.steps and not (watch and watch.stopped):
             batch = run.wait(next_batch, done, functools.partial(whole, state.params))
@@ -137,14 +136,17 @@ def run_training(
             if watch is not None and evaluate:
                 run.flush()
                 watch.look(done, model_of(state))
+            turned = watch is not None and watch.turn(done)
             leave = notice.came and done % source.stride == 0
             over = done == job.loop.steps or (watch is not None and watch.stopped)
-            save = leave or over or done % job.loop.save_every == 0
+            save = leave or turned or over or done % job.loop.save_every == 0
             if save:
                 run.flush()  # a step that is not finite is never saved, unless it changed nothing
                 saver.save(done, state, _meta(job, run, watch))
             if leave:
                 break
+            if turned:  # a round is drawn from a state that is there
+                saver.finish()
             if save or evaluate:
                 run.meter.pause()
     if notice.came:

@@ -131,6 +131,11 @@ class Packing:
             return 1, -(-rows // self.ways) * self.ways
         return -(-rows // self.micro_rows), self.micro_rows
 
+    def shape_within(self, rows: int, batch_size: int) -> tuple[int, int]:
+        """As `shape`, for steps that come to have other numbers of rows: at most four programs."""
+        few = -(-batch_size // 4)  # rows are rounded up to that
+        return self.shape(batch_size if self.micro_rows else -(-rows // few) * few)
+
     def batch(
         self, rows: Sequence[Sequence[int]], scored: Sequence[Scored], shape: tuple[int, int]
     ) -> Batch:
@@ -160,20 +165,36 @@ def offline_source(
         steps = sequence_steps(len(chosen), run.batch_size, seed, run.steps)
     else:
         steps = token_steps(tokens_r.tolist(), run.batch_tokens, seed, run.steps)
-    packed = [best_fit((tokens_r[step] - 1).tolist(), packing.row_tokens) for step in steps]
-    shape = packing.shape(max(len(rows) for rows in packed))
+    taken = [chosen[step].tolist() for step in steps]
+    return rollout_source(snapshot, scores, taken, packing)
 
-    def indices_of(step: int) -> list[int]:
-        return chosen[steps[step]].tolist()
+
+def rollout_source(
+    snapshot: Snapshot,
+    scores: TeacherPass,
+    steps: Sequence[Sequence[int]],
+    packing: Packing,
+    round_of: int | None = None,
+) -> Source:
+    """Stored rollouts, the records of each step being given.
+
+    Args:
+        round_of: `batch_size`, where other rollouts follow these: shapes are to be theirs, too.
+    """
+    prompt_r, response_r = snapshot.lengths()
+    input_r = prompt_r + response_r - 1
+    packed = [best_fit(input_r[step].tolist(), packing.row_tokens) for step in steps]
+    rows = max(len(step) for step in packed)
+    shape = packing.shape(rows) if round_of is None else packing.shape_within(rows, round_of)
 
     def read(step: int) -> Batch:
-        indices = indices_of(step)
+        indices = steps[step]
         records = snapshot.read_many(indices)
         found = scores.read_many(snapshot, indices)
         return packing.batch(packed[step], [*map(Scored, records, found)], shape)
 
     def names(step: int) -> list[str]:
-        return [name_of(snapshot.keys[r]) for r in indices_of(step)]
+        return [name_of(snapshot.keys[r]) for r in steps[step]]
 
     return Source(_stored(read, len(steps)), shape[0], names=names)
 
@@ -241,9 +262,7 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         scored = drawn.pop(step)
         tokens = [len(s.record.prompt_ids) + len(s.record.response_ids) - 1 for s in scored]
         rows = best_fit(tokens, packing.row_tokens)
-        few = -(-run.batch_size // 4)  # rows are rounded up to that: at most four programs
-        most = run.batch_size if packing.micro_rows else -(-len(rows) // few) * few
-        return packing.batch(rows, scored, packing.shape(most))
+        return packing.batch(rows, scored, packing.shape_within(len(rows), run.batch_size))
 
     pieces = packing.shape(run.batch_size)[0]
     return Source(lambda _start: next_batch, pieces, run.steps_per_batch, names)

@@ -12,6 +12,7 @@ from opd_jax.model.transformer import Params
 from opd_jax.train import checkpoint
 from opd_jax.train.guard import Figures, Guard, Saturation, finite
 from opd_jax.train.probes import Probe
+from opd_jax.train.rounds import Rounds
 
 Report = Callable[[int, Figures, list[str]], None]
 
@@ -26,6 +27,7 @@ class Watch:
         directory: where the best state is kept.
         guard: judges the figures of OPD; `None`: nothing to judge.
         saturation: judges those of SFT.
+        rounds: which of them begin when; `None`: the run has one.
     """
 
     loop: LoopConfig
@@ -34,7 +36,9 @@ class Watch:
     probes: Sequence[Probe]
     guard: Guard | None = None
     saturation: Saturation | None = None
+    rounds: Rounds | None = None
     stopped: bool = field(default=False, init=False)
+    _drifted: bool = field(default=False, init=False)
 
     def due(self, steps: int) -> bool:
         """Whether to evaluate after so many steps: before the first, regularly, and at the end."""
@@ -55,10 +59,21 @@ class Watch:
             verdict = self.guard.look(steps, figures)
             warnings += verdict.warnings
             self.stopped = verdict.stop
+            self._drifted = steps > 0 and bool(verdict.warnings)
             if verdict.best:
                 meta = {"figures": finite(figures)}
                 checkpoint.save(self.directory, steps, params, meta, keep=1)
         self.report(steps, figures, warnings)
+
+    def turn(self, steps: int) -> bool:
+        """Begin a round if it is time to; the state has to be saved before it is drawn."""
+        drifted, self._drifted = self._drifted, False
+        if self.rounds is None or not self.rounds.turn(steps, drifted, self.stopped):
+            return False
+        self.stopped = False
+        if self.guard is not None:
+            self.guard.warned = 0  # of rollouts that are left behind
+        return True
 
     def chosen(self, params: Params, abstract: Params) -> tuple[Params, int | None]:
         """The trained model: `params` of the last step, or the best, with its number of steps."""
@@ -75,6 +90,7 @@ class Watch:
             "stopped": self.stopped,
             "guard": None if self.guard is None else self.guard.state(),
             "gaps": None if self.saturation is None else self.saturation.gaps,
+            "rounds": None if self.rounds is None else self.rounds.state(),
         }
 
     def restore(self, steps: int, state: dict[str, Any] | None) -> None:
@@ -88,6 +104,8 @@ class Watch:
                 self.guard = Guard.restored(self.guard.config, state["guard"])
             if self.saturation is not None:
                 self.saturation.gaps = state["gaps"]
+            if self.rounds is not None:
+                self.rounds.restore(state["rounds"])
         best = self.guard.best if self.guard is not None else None
         kept = None if best is None else best[1]
         over = self.stopped or steps == self.loop.steps
