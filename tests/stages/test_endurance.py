@@ -56,7 +56,7 @@ def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
     ends, straight, killed = told["ends"], tmp_path / "straight", tmp_path / "killed"
     print([(end["code"], end["saved"], round(end["seconds"], 1)) for end in ends])
     assert [end["code"] for end in ends] == [-signal.SIGKILL, 143] * 10
-    assert weights(killed) == weights(straight)
+    assert weights(killed) == weights(straight) == weights(tmp_path / "first")
     lines = metrics(killed)
     assert lines == metrics(straight)
     steps = [line["step"] for line in lines if "loss" in line]
