@@ -123,7 +123,7 @@ def test_a_best_state_that_a_later_one_replaced_is_found_anew(tmp_path):
     with pytest.raises(CutOffError):
         watched(job, params, 3)  # the best is that of 2 steps
     shutil.rmtree(tmp_path / "best" / "00000002")
-    assert watched(job, params).best == 3
+    assert watched(job, params).best == 4  # goes on after 3 steps, and finds the next one best
 
 
 def test_saturation_counts_finite_gaps_alone():
