@@ -79,7 +79,10 @@ def assert_same(straight, resumed):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("save_every", "cuts"), [(1, (1, 3, 4)), (3, (2, 4, 4, 4))])
+@pytest.mark.parametrize(
+    ("save_every", "cuts"),
+    [pytest.param(1, (1, 3, 4), marks=pytest.mark.slow), (3, (2, 4, 4))],
+)
 def test_evaluations_and_what_follows_from_them_are_those_of_a_straight_run(
     tmp_path, save_every, cuts
 ):
@@ -103,6 +106,7 @@ def test_evaluations_and_what_follows_from_them_are_those_of_a_straight_run(
     assert best == ["00000002"]
 
 
+@pytest.mark.slow
 def test_a_best_state_of_a_try_that_was_given_up_is_not_kept(tmp_path):
     """It has more steps than the one that is found next, and would count as the newest."""
     job, params = job_of(tmp_path)
@@ -123,7 +127,7 @@ def test_a_best_state_that_a_later_one_replaced_is_found_anew(tmp_path):
     with pytest.raises(CutOffError):
         watched(job, params, 3)  # the best is that of 2 steps
     shutil.rmtree(tmp_path / "best" / "00000002")
-    assert watched(job, params).best == 3
+    assert watched(job, params).best == 4  # goes on after 3 steps, and finds the next one best
 
 
 def test_saturation_counts_finite_gaps_alone():
