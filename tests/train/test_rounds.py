@@ -78,10 +78,9 @@ def test_a_round_samples_what_its_steps_take_and_what_is_held_out():
 
 
 def watch_of(folder, action, config, std, **loop):
-    found = []
-    return found, Watch(
+    return Watch(
         LoopConfig(eval_every=2, **loop),
-        lambda steps, figures, warnings: found.append((steps, len(warnings))),
+        lambda steps, figures, warnings: None,
         folder,
         [lambda params: {"heldout_w_std": std.get("now", 9.0)}],
         Guard(GuardConfig(action=action, patience=1, fresh=0)),
@@ -90,7 +89,7 @@ def watch_of(folder, action, config, std, **loop):
 
 
 def test_drift_begins_a_round_in_place_of_the_stop_while_rounds_are_left(tmp_path):
-    _, watch = watch_of(tmp_path, "stop", {"on_drift": True, "rounds": 1}, {}, steps=10)
+    watch = watch_of(tmp_path, "stop", {"on_drift": True, "rounds": 1}, {}, steps=10)
     watch.look(2, {})
     assert watch.stopped
     assert watch.turn(2)
@@ -102,8 +101,16 @@ def test_drift_begins_a_round_in_place_of_the_stop_while_rounds_are_left(tmp_pat
     assert watch.stopped
 
 
+def test_a_warning_begins_one_round_and_none_before_the_first_step(tmp_path):
+    watch = watch_of(tmp_path, "warn", {"on_drift": True}, {}, steps=10)
+    watch.look(0, {})
+    assert not watch.turn(1)
+    watch.look(2, {})
+    assert [watch.turn(steps) for steps in (2, 3)] == [True, False]
+
+
 def test_a_round_that_is_due_does_not_undo_a_stop(tmp_path):
-    _, watch = watch_of(tmp_path, "stop", {"every": 2}, {}, steps=10)
+    watch = watch_of(tmp_path, "stop", {"every": 2}, {}, steps=10)
     watch.look(2, {})
     assert not watch.turn(2)
     assert watch.stopped
@@ -131,7 +138,7 @@ def test_the_state_is_saved_before_a_round_is_drawn(tmp_path, killed):
 
     def train(dies):
         std = {"now": 0.1}
-        _, watch = watch_of(tmp_path / "best", "warn", {"every": 3, "on_drift": True}, std, steps=5)
+        watch = watch_of(tmp_path / "best", "warn", {"every": 3, "on_drift": True}, std, steps=5)
 
         def next_batch(step, current):
             number = watch.rounds.number
