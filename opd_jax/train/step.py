@@ -195,15 +195,11 @@ def make_train_step(
         grads, loss = gradients(model, objective, state.params, batch, pieces, *attach)
         scale = 1 / jnp.maximum(loss.divisor, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, state.params, sound=sound)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss.total * scale,
             "grad_norm": grad_norm,
