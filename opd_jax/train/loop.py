@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def run_training(
         watch: evaluates the run, and may end it before its last step.
 
     Raises:
-        DataError: a loss, gradient or update is not finite (and `on_nonfinite` is not "skip", or
+        DataError: a loss or gradient is not finite (and `on_nonfinite` is not "skip", or
             it happens again and again; the last checkpoint is from before), or a checkpoint is
             damaged or cannot be written.
         Preempted: SIGTERM came; the state is saved.
@@ -191,9 +192,8 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += int(values["tokens"])
         own = {name: values.pop(name) for name in ("loss", "grad_norm", "update_ratio")}
-        # A step that is skipped is none of the optimizer's.
-        own["learning_rate"] = float(jnp.asarray(self._schedule(step - self.skipped)))
-        if values.pop("sound"):
+        own["learning_rate"] = float(jnp.asarray(self._schedule(step)))
+        if values.pop("sound") and math.isfinite(own["update_ratio"]):
             self.in_a_row = 0
         else:
             self._unsound(step, own)
@@ -201,14 +201,15 @@ class _Run:
         self._log(step, {**own, **averages(values), **self.meter.figures(load, values["tokens"])})
 
     def _unsound(self, step: int, own: dict[str, float]) -> None:
-        """Count a step that changed nothing, or end the run."""
+        """Count a step that changed no parameter, or end the run: always if it did change them."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         names = [] if self._source.names is None else self._source.names(step)
         what = (
             f"step {step}: loss {own['loss']:g}, gradient norm {own['grad_norm']:g}, update ratio "
             f"{own['update_ratio']:g}{_shown(names)}"
         )
-        if self.job.loop.on_nonfinite == "skip" and self.in_a_row < MOST_SKIPPED:
+        skips = self.job.loop.on_nonfinite == "skip" and math.isfinite(own["update_ratio"])
+        if skips and self.in_a_row < MOST_SKIPPED:
             say(f"WARNING: {what}; skipped")
             return
         again, skip = f"; the {self.in_a_row}th in a row", ""

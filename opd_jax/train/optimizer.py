@@ -73,7 +73,26 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate(config, loop.steps)),
     )
     average = [] if config.ema is None else [_average(config.ema)]
-    return optax.chain(_clip(config.clip_norm), adamw, *average)
+    return optax.chain(_clip(config.clip_norm), _guarded(adamw), *average)
+
+
+def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An update that is not `sound` is 0, and the moments fade as with a gradient of 0.
+
+    To leave the old moments as they are would cost a copy of them: XLA computes the parameters from
+    the old ones once more, and so cannot write the new ones in their place.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, sound: Any = True, **_: Any
+    ) -> tuple[Any, Any]:
+        def kept(tree: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.where(sound, x, 0), tree)
+
+        updates, state = inner.update(kept(updates), state, params)
+        return kept(updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 class AverageState(NamedTuple):

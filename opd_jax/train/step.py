@@ -175,10 +175,10 @@ def make_train_step(
 ) -> StepFn:
     """`step(state, batch) -> (state, metrics)`; metrics are the loss, gradient norm and sums.
 
-    A loss, gradient or update that is not finite leaves parameters and optimizer as they were
-    (`sound` is then 0). With
-    `adapters` the state is about these, and the step is `step(state, batch, params)`: the frozen
-    parameters are left as they are.
+    A loss or gradient that is not finite leaves the parameters as they were; `sound` is then 0, and
+    the moments fade as with a gradient of 0 (an optimizer of `make_optimizer`). With `adapters` the
+    state is about these, and the step is `step(state, batch, params)`: the frozen parameters are
+    left as they are.
 
     Raises:
         ConfigError: a balance loss for a model without experts.
@@ -196,20 +196,15 @@ def make_train_step(
         grads, loss = gradients(model, objective, state.params, batch, pieces, *attach)
         scale = 1 / jnp.maximum(loss.divisor, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
-        update_norm = optax.tree.norm(updates)
-        sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, state.params, sound=sound)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss.total * scale,
             "grad_norm": grad_norm,
-            "update_ratio": update_norm / optax.tree.norm(state.params),
+            "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.params),
             "sound": sound.astype(jnp.float32),
             **loss.sums,
         }
