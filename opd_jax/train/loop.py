@@ -152,10 +152,7 @@ def run_training(
                 run.meter.pause()
     if notice.came:
         raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
-    params, best = model_of(state), None
-    if watch is not None:
-        params, best = watch.chosen(params, job.model.abstract(_dtype(params)))
-    return TrainResult(params, done, best, run.tokens, run.skipped)
+    return _result(run, model_of(state), done, watch)
 
 
 class _Past(NamedTuple):
@@ -227,6 +224,13 @@ def _shown(names: list[str]) -> str:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f", of {', '.join(names[:3])}{more}"
+
+
+def _result(run: _Run, params: Params, done: int, watch: Watch | None) -> TrainResult:
+    best = None
+    if watch is not None:
+        params, best = watch.chosen(params, run.job.model.abstract(_dtype(params)))
+    return TrainResult(params, done, best, run.tokens, run.skipped)
 
 
 def _meta(job: TrainJob, run: _Run, watch: Watch | None) -> dict[str, Any]:
