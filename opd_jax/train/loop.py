@@ -102,9 +102,8 @@ def run_training(
         watch: evaluates the run, and may end it before its last step.
 
     Raises:
-        DataError: a loss or gradient is not finite (and `on_nonfinite` is not "skip", or
-            it happens again and again; the last checkpoint is from before), or a checkpoint is
-            damaged or cannot be written.
+        DataError: a step is not finite (and is not to be skipped, or many in a row are not), or a
+            checkpoint is damaged or cannot be written.
         Preempted: SIGTERM came; the state is saved.
     """
     adapters = job.adapters
@@ -120,10 +119,9 @@ def run_training(
     def model_of(state: TrainState) -> Params:
         return whole(result_of(state.params, state.opt_state))
 
-    done = int(state.step)
-    if watch is not None and done == 0 and watch.due(0):
+    if watch is not None and int(state.step) == 0 and watch.due(0):
         watch.look(0, model_of(state))
-    next_batch = source.start(done)
+    next_batch = source.start(done := int(state.step))
     run = _Run(job, log, source, past)
     with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
         while done < job.loop.steps and not (watch and watch.stopped):
@@ -142,12 +140,12 @@ def run_training(
             over = done == job.loop.steps or (watch is not None and watch.stopped)
             save = leave or turned or over or done % job.loop.save_every == 0
             if save:
-                run.flush()  # a step that is not finite is never saved, unless it changed nothing
+                run.flush()  # it stops at a step that is not finite, or counts it as skipped
                 saver.save(done, state, _meta(job, run, watch))
-            if leave:
-                break
             if turned:  # a round is drawn from a state that is there
                 saver.finish()
+            if leave:
+                break
             if save or evaluate:
                 run.meter.pause()
     if notice.came:

@@ -1,4 +1,4 @@
-"""A step that is not finite changes no parameter: the run ends with its records' names, or goes on."""
+"""A step that is not finite changes no parameter: it ends the run, with names, or is skipped."""
 
 import shutil
 
@@ -119,7 +119,7 @@ def test_steps_in_a_row_end_the_run_over_restarts_too(tmp_path):
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_an_update_beyond_float32_ends_the_run_before_it_is_saved(tmp_path, policy):
-    """It comes from a finite loss and gradient: the parameters are lost, the checkpoints are not."""
+    """Its loss and gradient are finite: the parameters are lost, the checkpoints are not."""
     optim = OptimConfig(learning_rate=3e38, weight_decay=10.0, warmup_steps=0)
     with pytest.raises(DataError, match=r"^step 0: loss [\d.-]+, .*update ratio (inf|nan)"):
         train(tmp_path, optim=optim, on_nonfinite=policy)
