@@ -141,6 +141,9 @@ class Config(Frozen):
     flush_seconds: float = Field(default=20.0, ge=0)
     """Sampling and scoring commit what they have this often: at most so much is lost to a kill."""
     tensorboard: bool = False
+    """TensorBoard files beside `metrics.jsonl`."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """A project of Weights & Biases to send the metrics to as well."""
 
     @model_validator(mode="after")
     def _supports_are_stored(self) -> Config:

@@ -22,7 +22,7 @@ _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplo
 
 STORE_TOOLS = ("inspect", "verify", "gc")
 NOT_WITH_STORE = (
-    *("config", "stages", "force", "plan", "prompt", "chat", "checkpoint"),
+    *("config", "stages", "force", "plan", "profile", "prompt", "chat", "checkpoint"),
     *("coordinator", "processes", "rank"),
 )
 
@@ -76,6 +76,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--share", metavar="I/N", help="do the I-th of N shares of answer, rollout or score alone"
     )
     parser.add_argument("--plan", action="store_true", help="print what is done and what is not")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps of each training")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
     group = parser.add_argument_group("try a model of the run")
     group.add_argument("--prompt", metavar="TEXT", help="print its answer to this")
@@ -138,7 +139,14 @@ def _run(arguments: argparse.Namespace) -> int:
     share = None if arguments.share is None else _share(arguments)
     force = _names(arguments.force)
     with preemption.raising():
-        pipeline.run(config, stages=stages, force=force, plan_only=arguments.plan, share=share)
+        pipeline.run(
+            config,
+            stages=stages,
+            force=force,
+            plan_only=arguments.plan,
+            share=share,
+            profile=arguments.profile,
+        )
     return 0
 
 

@@ -33,9 +33,9 @@ def pipeline(monkeypatch):
     fake = types.ModuleType("opd_jax.stages.pipeline")
     fake.calls, fake.error = [], None
 
-    def run(config, *, stages, force, plan_only, share):
+    def run(config, *, stages, force, plan_only, share, profile):
         fake.calls.append((config, stages, force, plan_only))
-        fake.share = share
+        fake.share, fake.profile = share, profile
         if fake.error:
             raise fake.error
 
@@ -62,6 +62,13 @@ def test_overrides_and_options_mix_and_reach_the_pipeline(config_path, pipeline)
 
 
 @pytest.mark.parametrize("stage", ["answer", "rollout", "score"])
+def test_a_trace_is_taken_when_asked_for(config_path, pipeline):
+    assert main(["--config", config_path]) == 0
+    assert not pipeline.profile
+    assert main(["--config", config_path, "--profile"]) == 0
+    assert pipeline.profile
+
+
 def test_a_share_counts_from_one(config_path, pipeline, stage):
     words = ["--config", config_path, "--stages", stage]
     assert main([*words, "--share", "3/4"]) == 0

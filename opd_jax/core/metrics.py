@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from opd_jax.core.rng import stable_hash
 from opd_jax.errors import ConfigError, DataError
 
 FILE_NAME = "metrics.jsonl"
@@ -25,7 +26,8 @@ class MetricsWriter:
     """Appends the metrics of one run of one stage; of several processes only one may have a writer.
 
     `start_step` is the first step to be written: lines of this run from there on are dropped.
-    With `tensorboard`, the same figures go to `RUN_DIR/tensorboard/STAGE/RUN`.
+    With `tensorboard`, the same figures go to `RUN_DIR/tensorboard/STAGE/RUN`; with `wandb`, a
+    project's name, to Weights & Biases, which keeps its files in `RUN_DIR/wandb`.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class MetricsWriter:
         run: str,
         start_step: int = 0,
         tensorboard: bool = False,
+        wandb: str | None = None,
     ) -> None:
         self.stage, self.run = stage, run
         path = Path(run_dir) / FILE_NAME
@@ -43,6 +46,7 @@ class MetricsWriter:
         _drop_steps(path, stage, run, start_step)
         folder = path.parent / "tensorboard" / stage / run
         self._board = _open_board(folder, start_step) if tensorboard else None
+        self._wandb = None if wandb is None else _open_wandb(path.parent, wandb, f"{stage}.{run}")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -56,11 +60,15 @@ class MetricsWriter:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, int(step))
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": int(step), **figures})
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -135,3 +143,24 @@ def _open_board(folder: Path, start_step: int) -> Any:
             "pip install tensorboardX, or set tensorboard=false"
         ) from None
     return SummaryWriter(str(folder), purge_step=start_step)
+
+
+def _open_wandb(run_dir: Path, project: str, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"wandb={project}, but the package wandb is not installed; pip install wandb, or leave "
+            "the key out"
+        ) from None
+    key = stable_hash(f"{run_dir.resolve()}/{name}")  # a resumed run goes on in the same curve
+    run = wandb.init(
+        project=project,
+        group=run_dir.name,
+        name=name,
+        id=f"{key:016x}",
+        resume="allow",
+        dir=str(run_dir),
+    )
+    run.define_metric("*", step_metric="step")  # its own counter never goes back, steps may
+    return run

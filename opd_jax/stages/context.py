@@ -42,6 +42,8 @@ class RunContext:
     run_dir: Path
     mesh: Mesh
     records: StageRecords
+    profile: bool = False
+    """Write a trace of a few steps of each training."""
     share: tuple[int, int] | None = None
     """(index, count): do this share of a stage alone, beside runs that meet in the store alone."""
     _cache: dict[Any, Any] = field(default_factory=dict)

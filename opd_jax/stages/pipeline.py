@@ -59,6 +59,7 @@ def run(
     force: Sequence[str],
     plan_only: bool,
     share: tuple[int, int] | None = None,
+    profile: bool = False,
 ) -> None:
     """Run a config's stages.
 
@@ -71,7 +72,7 @@ def run(
     Raises:
         OPDError: as its message says.
     """
-    ctx = open_run(config, writable=not plan_only, share=share)
+    ctx = open_run(config, writable=not plan_only, share=share, profile=profile)
     all_stages = stages_of(ctx)
     names = [stage.name for stage in all_stages]
     chosen = _select(names, stages, "--stages")
@@ -96,7 +97,10 @@ def run(
 
 
 def open_run(
-    config: Config, writable: bool = True, share: tuple[int, int] | None = None
+    config: Config,
+    writable: bool = True,
+    share: tuple[int, int] | None = None,
+    profile: bool = False,
 ) -> RunContext:
     """The context of a config; makes the run folder unless nothing is to be written.
 
@@ -111,7 +115,7 @@ def open_run(
             StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
     mesh = make_mesh(config.mesh)
     check_batches(config, axis_size(mesh, "batch"))
-    return RunContext(config, run_dir, mesh, StageRecords(run_dir), share)
+    return RunContext(config, run_dir, mesh, StageRecords(run_dir), profile, share)
 
 
 def _make_folder(run_dir: Path) -> None:

@@ -53,7 +53,8 @@ def train(
     folder = ctx.checkpoint_dir(task.name)
     state = folder / "state"
     inputs, seed = fingerprint_json(task.inputs), ctx.seed(f"lora/{task.name}")
-    job = TrainJob(model, task.objective, task.loop, state, inputs, seed)
+    profile = ctx.run_dir / "profile" / task.name if ctx.profile and is_first() else None
+    job = TrainJob(model, task.objective, task.loop, state, inputs, seed, profile)
     start = checkpoint.latest_step(state) or 0
     barrier("train")
     progress = StageProgress(task.stage, task.loop.steps, "steps", start)
@@ -121,7 +122,8 @@ def _metrics(
         return contextlib.nullcontext()
     stage = task.stage.split(".")[0]
     first = start or -1  # the evaluation before step 0 is called -1
-    return MetricsWriter(ctx.run_dir, stage, task.name, first, ctx.config.tensorboard)
+    boards = ctx.config.tensorboard, ctx.config.wandb
+    return MetricsWriter(ctx.run_dir, stage, task.name, first, *boards)
 
 
 def answers(ctx: RunContext, needed_by: str) -> Snapshot:

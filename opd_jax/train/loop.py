@@ -18,6 +18,7 @@ from opd_jax.config_train import LoopConfig
 from opd_jax.core.mesh import put_batch
 from opd_jax.core.preemption import Preemption
 from opd_jax.core.progress import say
+from opd_jax.core.trace import Trace
 from opd_jax.errors import DataError, Preempted
 from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel, Params
@@ -65,6 +66,8 @@ class TrainJob:
     """Fingerprint of what the run depends on: a state of other inputs is not resumed."""
     seed: int = 0
     """Of fresh adapters, with `loop.lora`."""
+    profile: Path | None = None
+    """Where to write a trace of a few steps."""
     keep: int = 2
 
     @property
@@ -168,9 +171,11 @@ class _Run:
         self.job, self.meter, self._log, self._source = job, Meter(job.model), log, source
         self.tokens, self.skipped, self.in_a_row = past
         self._schedule = learning_rate(job.loop.optim, job.loop.steps)
+        self.trace = Trace(job.profile)
         self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
 
     def wait(self, next_batch: NextBatch, step: int, current: Callable[[], Params]) -> Any:
+        self.trace.step()
         start = time.monotonic()
         batch = next_batch(step, current)
         self.meter.waited(time.monotonic() - start)
@@ -225,6 +230,7 @@ def _shown(names: list[str]) -> str:
 
 
 def _result(run: _Run, params: Params, done: int, watch: Watch | None) -> TrainResult:
+    run.trace.close()
     best = None
     if watch is not None:
         params, best = watch.chosen(params, run.job.model.abstract(_dtype(params)))

@@ -111,3 +111,20 @@ def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypa
     with pytest.raises(ConfigError, match=r"pip install tensorboardX"):
         write(tmp_path, 0, 1, tensorboard=True)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_the_same_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write(tmp_path, 0, 3, wandb="demo")
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"loss" in log.read_bytes()
+    assert steps(tmp_path) == [0, 1, 2]
+
+
+def test_weights_and_biases_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"wandb=demo, but .* pip install wandb"):
+        write(tmp_path, 0, 1, wandb="demo")
+    assert os.listdir(tmp_path) == []

@@ -33,7 +33,7 @@ def batch_of(step, b=2, t=8):
     }
 
 
-def train(folder, seen=None, **changes):
+def train(folder, seen=None, profile=None, **changes):
     """The trained parameters; `seen` collects the parameters that each step's source can have."""
     model, params = tiny(make_mesh(MeshConfig(fsdp=1)), num_layers=1)
 
@@ -43,7 +43,7 @@ def train(folder, seen=None, **changes):
         return batch_of(step)
 
     loop = PLAIN.model_copy(update=changes)
-    job = TrainJob(model, Objective("sft"), loop, folder, "inputs", seed=3)
+    job = TrainJob(model, Objective("sft"), loop, folder, "inputs", 3, profile)
     return run_training(job, params, Source(lambda _start: next_batch), lambda *_: None)
 
 
@@ -84,3 +84,12 @@ def test_adapters_with_small_moments_and_an_average(tmp_path):
     average = np.abs(result["layers"]["wq"] - start["layers"]["wq"]).max()
     assert 0 < average < moved[3]  # of all steps, the first ones too
     assert_resumed_equals(straight, tmp_path, **changes)
+
+
+@pytest.mark.slow
+def test_a_trace_has_a_few_steps_in_it(tmp_path):
+    """Also of a run that ends while it is traced."""
+    for steps in (5, 8):
+        folder = tmp_path / f"trace{steps}"
+        train(tmp_path / f"state{steps}", profile=folder, steps=steps)
+        assert list(folder.rglob("*.xplane.pb"))
