@@ -2,12 +2,12 @@
 
     python benchmarks/cost.py
 
-On the quickstart's models: `opd` (offline) and `opd_online` (fresh samples and a live teacher in each
-step) with the same objective, learning rate and batch. Both are evaluated every 6 of 60 steps on
-fresh samples of held-out prompts, scored by the teacher (not counted). `quality` is the worse of
-their two best reverse KLs; a side's cost is what it had spent when it first was as good: offline the
-rollouts, their scores and its steps, online its steps. `speedup` is online over offline, the median
-of the seeds; the paper reports 3.6 to 4.0 for models of 4 and 8 billion parameters.
+On the quickstart's models: `opd` (offline) and `opd_online` (fresh samples and a live teacher in
+each step) with the same objective, learning rate and batch. Both are evaluated every 6 of 60 steps
+on fresh samples of held-out prompts, scored by the teacher (not counted). `quality` is the worse of
+their two best reverse KLs; a side's cost is what it had spent when it first was as good: offline
+the rollouts, their scores and its steps, online its steps. `speedup` is online over offline, the
+median of the seeds; the paper reports 3.6 to 4.0 for models of 4 and 8 billion parameters.
 """
 
 from __future__ import annotations
