@@ -61,7 +61,6 @@ def test_overrides_and_options_mix_and_reach_the_pipeline(config_path, pipeline)
     assert (stages, force, plan_only) == (["sft", "rollout"], ["sft", "train", "export"], False)
 
 
-@pytest.mark.parametrize("stage", ["answer", "rollout", "score"])
 def test_a_trace_is_taken_when_asked_for(config_path, pipeline):
     assert main(["--config", config_path]) == 0
     assert not pipeline.profile
@@ -69,6 +68,7 @@ def test_a_trace_is_taken_when_asked_for(config_path, pipeline):
     assert pipeline.profile
 
 
+@pytest.mark.parametrize("stage", ["answer", "rollout", "score"])
 def test_a_share_counts_from_one(config_path, pipeline, stage):
     words = ["--config", config_path, "--stages", stage]
     assert main([*words, "--share", "3/4"]) == 0

@@ -88,7 +88,9 @@ def loss(model, params, tokens, positions):
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MESHES[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[1:])], ids=str
+)
 def test_sharded_equals_unsharded_with_gradients(mesh):
     model, params = model_on()
     sharded, on_mesh = model_on(mesh=tuple(mesh.items()))
@@ -118,7 +120,11 @@ def test_experts_lie_over_their_axis_and_a_mesh_must_divide_them():
         forward(model, params, *inputs(3))
 
 
-@pytest.mark.parametrize("mesh", [None, (("expert", 2), ("tensor", 2))], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [None, pytest.param((("expert", 2), ("tensor", 2)), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_prefix_in_a_cache_then_single_tokens_equal_the_whole(mesh):
     model, params = model_on(mesh=mesh)
     tokens, positions = inputs()

@@ -184,6 +184,7 @@ def test_pieces_make_up_the_text_without_its_stop_string(text, noise, stops, lea
         assert not any(stop in said for stop in stops)
 
 
+@pytest.mark.slow
 def test_a_growing_chat_compiles_few_programs(sampler):
     programs = (engine.prefill, engine.start, engine.decode_round, engine.empty_state)
     before = [program._cache_size() for program in programs]

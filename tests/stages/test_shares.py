@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import ROOT, arguments
 
-from opd_jax.core.run_lock import share_lock
+from opd_jax.core.run_lock import file_lock
 from opd_jax.data.store import open_store
 from opd_jax.data.store_rows import record_digest
 from opd_jax.main import main
@@ -167,7 +167,8 @@ def test_shares_of_another_number_and_a_share_twice_are_refused(tmp_path, capsys
             "write the same records; start I/2, or delete that file once none of them runs any "
             "more\n"
         )
-    with share_lock(tmp_path / "store", "answer.share-2-of-2"):
+    lock = tmp_path / "store" / ".answer.share-2-of-2.lock"
+    with file_lock(lock, "the share", "wait"):
         assert main(answers(tmp_path / "two", *words, "2/2")) == 2
         assert "answer.share-2-of-2 in" in capsys.readouterr().err
     assert main(answers(tmp_path / "two", *words, "2/2")) == 0

@@ -63,7 +63,11 @@ def assert_same(got, want, atol):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(o, marks=[] if o.kind == "sampled" else pytest.mark.slow) for o in OBJECTIVES],
+    ids=lambda o: o.kind,
+)
 def test_accumulated_equals_whole(objective):
     # Adam divides by the gradient's own size: parameters differ by more than the gradients do.
     assert_same(run(objective, pieces=4), run(objective), atol=2e-5)
@@ -167,6 +171,7 @@ def one_step(objective, mesh=None, pieces=1):
     return jax.device_get((state.params, metrics))
 
 
+@pytest.mark.slow
 def test_router_figures_and_balance_loss_of_a_mixture():
     _, plain = one_step(Objective("sft"))
     params, balanced = one_step(Objective("sft", router_balance=0.5))
