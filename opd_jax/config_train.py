@@ -136,6 +136,13 @@ class RefreshConfig(Frozen):
         return self
 
 
+NOT_OF_SFT = (
+    *("objective", "support", "tail", "tau", "average", "row_tokens", "weight_cap", "guard"),
+    *("position_gamma", "kl_anchor"),
+)
+"""Options of a run that the control does not have: its rows are those of `sft`."""
+
+
 class TrainRun(LoopConfig):
     """One training run from the SFT student. Its name in `train.runs` names its checkpoint."""
 
@@ -190,6 +197,9 @@ class TrainRun(LoopConfig):
     def _keys_fit_the_algorithm(self) -> TrainRun:
         if self.algorithm == "sft":
             _whole_micro_batches(self)
+            for key in NOT_OF_SFT:
+                if getattr(self, key) != TrainRun.model_fields[key].default:
+                    raise ValueError(f"{key} is no option of algorithm 'sft'; leave it out")
         for key, value, off, needs in self._bound_keys():
             if value != off and getattr(self, needs[0]) != needs[1]:
                 raise ValueError(
@@ -212,6 +222,8 @@ class TrainRun(LoopConfig):
             ("ratio_clip", self.ratio_clip, None, ("algorithm", "opd")),
             ("ratio_clip", self.ratio_clip, None, ("objective", "sampled")),
             ("reward_scale", self.reward_scale, 1.0, ("objective", "sampled")),
+            ("support", self.support, None, ("objective", "topk")),
+            ("tail", self.tail, False, ("objective", "topk")),
         ]
 
 

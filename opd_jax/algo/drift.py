@@ -8,6 +8,7 @@ that are left. The effective sample size says how many those are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,8 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
         unweighted), mean `w` and `w_std`. Per response: mean `log_w` (natural log of W),
         `effective_share` ((sum W)^2 / (n sum W^2)), `chi2` (mean of W^2 / (mean W)^2 - 1), and
         `iw_reverse_kl`, the self-normalised weighted mean, nats per token:
-        sum W (log pi_theta - log pi_T) / sum W tokens.
+        sum W (log pi_theta - log pi_T) / sum W tokens, with its linearised standard error
+        `iw_reverse_kl_stderr` (NaN for one response).
 
     Source: arXiv 2604.13010 for chi-square and w; Owen, Monte Carlo theory (2013), chapter 9.
     """
@@ -36,6 +38,11 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
     kl_r = np.array([-x.sum() for x in gaps])
     tokens_r = np.array([len(x) for x in gaps])
     share = weight_r.sum() ** 2 / (len(rows) * np.square(weight_r).sum())
+    tokens = (weight_r * tokens_r).sum()
+    kl = (weight_r * kl_r).sum() / tokens
+    residual_r = weight_r * (kl_r - kl * tokens_r)
+    n = len(rows)
+    error = math.sqrt(n / (n - 1) * np.square(residual_r).sum()) / tokens if n > 1 else math.nan
     return {
         "half_squared_advantage": float(0.5 * np.mean(np.clip(gap, -tau, tau) ** 2)),
         "reverse_kl_estimate": float(-np.mean(gap)),
@@ -44,5 +51,6 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
         "log_w": float(np.mean(log_w_r)),
         "effective_share": float(share),
         "chi2": float(1.0 / share - 1.0),
-        "iw_reverse_kl": float((weight_r * kl_r).sum() / (weight_r * tokens_r).sum()),
+        "iw_reverse_kl": float(kl),
+        "iw_reverse_kl_stderr": float(error),
     }

@@ -86,15 +86,20 @@ def advantage(tokens: TokenLogprobs, terms: Terms) -> jax.Array:
     Source: arXiv 2604.13010, the offline advantage with current-weight log-probs; the reward scale
     is that of arXiv 2602.12125 with pi_ref, the student that drew the responses, as reference.
     """
-    student_bt, teacher_bt, sampler_bt = tokens.clean()[:3]
-    target_bt = teacher_bt
-    if terms.reward_scale != 1.0:
-        target_bt = sampler_bt + terms.reward_scale * (teacher_bt - sampler_bt)
-    adv_bt = jnp.clip(target_bt - student_bt, -terms.tau, terms.tau)
+    student_bt, _, sampler_bt = tokens.clean()[:3]
+    adv_bt = jnp.clip(_target(tokens, terms) - student_bt, -terms.tau, terms.tau)
     if terms.kl_anchor:
         pull_bt = jnp.clip(sampler_bt - student_bt, -terms.tau, terms.tau)
         adv_bt = adv_bt + terms.kl_anchor * pull_bt
     return jax.lax.stop_gradient(adv_bt)
+
+
+def _target(tokens: TokenLogprobs, terms: Terms) -> jax.Array:
+    """The log-probs to reach: the teacher's, or beyond or short of it by the reward scale."""
+    _, teacher_bt, sampler_bt = tokens.clean()[:3]
+    if terms.reward_scale == 1.0:
+        return teacher_bt
+    return sampler_bt + terms.reward_scale * (teacher_bt - sampler_bt)
 
 
 def anchor_loss(tokens: TokenLogprobs, weight_bt: jax.Array, terms: Terms) -> jax.Array:
@@ -197,13 +202,13 @@ def _tail_term(student_bts: jax.Array, teacher_bts: jax.Array) -> jax.Array:
 def diagnostics(tokens: TokenLogprobs, terms: Terms) -> Sums:
     """Sums over response tokens from which `averages` makes the logged figures."""
     student_bt, teacher_bt, sampler_bt = tokens.clean()[:3]
-    gap_bt = teacher_bt - student_bt
+    gap_bt = _target(tokens, terms) - student_bt
     adv_bt = jnp.clip(gap_bt, -terms.tau, terms.tau)
     w_bt = jnp.where(tokens.mask_bt, jnp.exp(student_bt - sampler_bt), 0.0)
     parts = {
         "tokens": tokens.mask_bt,
         "half_squared_advantage": 0.5 * adv_bt**2,
-        "reverse_kl_estimate": -gap_bt,
+        "reverse_kl_estimate": student_bt - teacher_bt,
         "abs_advantage": jnp.abs(adv_bt),
         "large_advantage": jnp.abs(adv_bt) > 1,
         "clipped": jnp.abs(gap_bt) > terms.tau,

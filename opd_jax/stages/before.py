@@ -104,6 +104,8 @@ def _check_enough(prompts: int, sampling: SamplingConfig, loops: Mapping[str, Lo
     """A batch takes different records, and SFT packs several of them into a row."""
     records = prompts * sampling.samples_per_prompt
     for key, loop in loops.items():
+        if isinstance(loop, TrainRun) and loop.batch_tokens is not None:
+            continue
         left = records - min(loop.heldout, records // 10)
         if left < loop.batch_size:
             raise ConfigError(

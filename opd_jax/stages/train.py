@@ -9,12 +9,13 @@ from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
 from opd_jax.data.store import Store, open_store
 from opd_jax.data.store_pass import TeacherPass
+from opd_jax.sampling.collect import requests_for
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext, lineage_file
 from opd_jax.stages.records import Artefact, Json
 from opd_jax.stages.rounds import Rollouts, RoundRollouts, round_inputs, rounds_folder
 from opd_jax.stages.training import Prepared, TrainTask, prepare_answers, train
-from opd_jax.stages.watching import fresh_probe, rollout_probe
+from opd_jax.stages.watching import fresh_probe, rollout_probe, tell_if_unwatched
 from opd_jax.teacher.consistency import (
     check_same_model,
     check_same_tokenizer,
@@ -45,6 +46,7 @@ def inputs(ctx: RunContext, name: str) -> Json:
         "settings": ctx.settings(run),
         "numerics": ctx.numerics(),
         "seed": ctx.config.seed,
+        **_fresh_inputs(ctx, run),
     }
     if run.algorithm == "lightning_opd":
         scored = ctx.records.outputs("score", stage)
@@ -61,6 +63,17 @@ def inputs(ctx: RunContext, name: str) -> Json:
         }
     answers = ctx.records.outputs("answer", stage)["snapshot"]
     return {**shared, "answers": answers, "row_tokens": ctx.config.sft.row_tokens}
+
+
+def _fresh_inputs(ctx: RunContext, run: TrainRun) -> Json:
+    """What the evaluations' fresh samples depend on: they decide which state is the best."""
+    if run.algorithm == "sft" or not (run.guard.fresh and run.heldout):
+        return {}
+    sampling, grader = ctx.settings(ctx.config.rollout), ctx.config.evaluate.grader
+    found = {"prompts": ctx.prompts_fingerprint("opd"), "sampling": sampling, "grader": grader}
+    if run.guard.teacher:
+        found["teacher"] = ctx.identity("teacher").fingerprint
+    return {"fresh": found}
 
 
 def artefacts(ctx: RunContext, name: str) -> list[Artefact]:
@@ -113,6 +126,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
     if config.objective == "topk":
         support = support_size(scores.meta["top_k"], config.support)
     members, kept = held_out([key for key, _ in snapshot.keys], config.heldout)
+    tell_if_unwatched(stage, config, kept)
     prompt_r, response_r = snapshot.lengths()
     probes: list[Probe] = []
     rounds = None if config.refresh is None else Rounds(config.refresh, config.steps)
@@ -128,7 +142,11 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
         if kept:
             probes.append(drawn.probe)
     teacher = None
-    if config.guard.teacher:
+    if config.guard.teacher and config.guard.fresh and kept:
+        where = f"rollouts/teacher/{scores.name}/pass.json"
+        scored = recorded(scores.meta, "teacher", where, "score")
+        live = ctx.identity("teacher")
+        check_same_model(live, scored, "the teacher of the scores", where, "score")
         teacher = Scorer(*ctx.model("teacher"), batch_tokens=ctx.config.score.batch_tokens)
     fresh = fresh_probe(ctx, config, [snapshot.keys[i][0] for i in kept], teacher)
     guard = Guard(config.guard)
@@ -170,12 +188,15 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Jso
         support = support_size(ctx.config.score.top_k, config.support)
     teacher_model, teacher_params = ctx.model("teacher")
     prompts = sorted(ctx.encoded_prompts("opd"))  # a snapshot's order
-    members, kept = held_out([key for key, _ in prompts], config.heldout)
+    requests = requests_for(prompts, ctx.config.rollout.samples_per_prompt)
+    _, kept = held_out([request.prompt_id for request in requests], config.heldout)
+    tell_if_unwatched(f"train.{name}", config, kept)
+    out = {requests[i].prompt_id for i in kept}  # those that the offline run would keep out
     scorer = Scorer(teacher_model, teacher_params, support, ctx.config.score.batch_tokens)
     teacher = LiveTeacher(
         model=ctx.program("student"),
         scorer=scorer,
-        prompts=[prompts[i] for i in members],
+        prompts=[prompt for prompt in prompts if prompt[0] not in out],
         sampling=ctx.config.rollout,
         end_ids=ctx.tokenizer("student").end_ids,
         seed=ctx.seed("train"),
@@ -184,7 +205,7 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Jso
     longest = max(len(ids) for _, ids in teacher.prompts) + ctx.config.rollout.max_new_tokens
     packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
     source = online_source(teacher, config, packing)
-    fresh = fresh_probe(ctx, config, [prompts[i][0] for i in kept], scorer)
+    fresh = fresh_probe(ctx, config, sorted(out), scorer)
     return Prepared(source, [fresh] if fresh else [], Guard(config.guard)), lineage
 
 

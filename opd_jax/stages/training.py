@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
+import jax
+
 from opd_jax.config_train import LoopConfig
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.lineage import Identity, fingerprint_json
@@ -73,7 +75,8 @@ def train(
                 writer.write(steps - 1, {**figures, "warnings": float(len(warnings))})
 
         watch = Watch(task.loop, report, folder / "best", *prepared[1:])
-        result = run_training(job, params, prepared.source, log, watch)
+        start_params = params if task.loop.lora else _cast(params, "float32")
+        result = run_training(job, start_params, prepared.source, log, watch)
     counts: Json = {"steps": result.steps, "tokens": result.tokens}
     if result.steps < task.loop.steps:
         say(stage_line(task.stage, f"stopped after {result.steps} of {task.loop.steps} steps"))
@@ -85,8 +88,14 @@ def train(
     if prepared.rounds is not None:
         lineage = {**lineage, "rounds": prepared.rounds.lineage()}
         counts["rounds"] = len(prepared.rounds.starts) - 1
-    identity = ctx.save_model(task.name, result.params, lineage)
+    trained = _cast(result.params, ctx.config.model.param_dtype)
+    identity = ctx.save_model(task.name, trained, lineage)
     return identity, counts
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    """Trained weights are float32: an update below half a spacing of bfloat16 would vanish."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 SHOWN = {
@@ -135,7 +144,8 @@ def answers(ctx: RunContext, needed_by: str) -> Snapshot:
 def prepare_answers(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: str) -> Prepared:
     """Packed rows of the teacher's answers, some of which are kept out to evaluate with."""
     snapshot = answers(ctx, needed_by)
-    members, kept = held_out([name for name, _ in snapshot.keys], loop.heldout)
+    # The control keeps out what SFT has kept out: only that has never been trained on.
+    members, kept = held_out([name for name, _ in snapshot.keys], ctx.config.sft.heldout)
     rows = ctx.config.sft.row_tokens
     source = sft_source(snapshot, members, rows, loop, ctx.seed(stream))
     if not kept:

@@ -6,15 +6,48 @@ from collections.abc import Sequence
 
 from opd_jax.config import SamplingConfig
 from opd_jax.config_train import TrainRun
+from opd_jax.core.progress import say, stage_line
 from opd_jax.data.collate import Scored
 from opd_jax.data.records import Record
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
+from opd_jax.errors import ConfigError
 from opd_jax.evals.graders import grade
 from opd_jax.stages.common import thought_and_answer
 from opd_jax.stages.context import EncodedPrompt, RunContext
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.probes import FreshProbe, HeldOutProbe, Probe
+
+
+def tell_if_unwatched(stage: str, run: TrainRun, kept: Sequence[int]) -> None:
+    """Say that a run has nothing to be evaluated on.
+
+    Raises:
+        ConfigError: it asks for something that the evaluations decide.
+    """
+    if kept:
+        return
+    drift = run.refresh is not None and run.refresh.on_drift
+    asks = {
+        "guard.action=stop": run.guard.action == "stop",
+        "guard.final=best": run.guard.final == "best",
+        "refresh.on_drift": drift,
+    }
+    why = (
+        "heldout is 0"
+        if not run.heldout
+        else (
+            f"heldout is {run.heldout} and at most a tenth of the records, which holds no whole prompt"
+        )
+    )
+    for key, asked in asks.items():
+        if asked:
+            raise ConfigError(
+                f"train.runs.{stage.removeprefix('train.')}.{key} needs held-out records, and there "
+                f"are none: {why}; raise it, take more prompts, or leave that key out"
+            )
+    if run.heldout:
+        say(stage_line(stage, f"WARNING: nothing is held out, so nothing is evaluated: {why}"))
 
 
 def rollout_probe(

@@ -28,6 +28,7 @@ from opd_jax.data.records import Record, Scores
 from opd_jax.errors import DataError, ModelError
 from opd_jax.model.transformer import LanguageModel, Params
 
+REPAIR = {"teacher": "check the folder", "student": "lower optim.learning_rate"}
 POSITIVE_TOLERANCE = 1e-4  # float32 log-sum-exp can round a certain token's log-prob above 0
 
 
@@ -55,6 +56,8 @@ class Scorer:
     top_k: int = 0
     batch_tokens: int = 8192
     entropy: bool = False
+    role: str = "teacher"
+    """What messages call it."""
 
     def __post_init__(self) -> None:
         if self.top_k > self.model.vocabulary:
@@ -124,7 +127,7 @@ class Scorer:
 
     def _scores(self, record: Record, place: tuple[int, slice], out: _Out) -> Scores:
         logprob = np.asarray(out.logprob_bt[place], np.float32)
-        _check(logprob, record)
+        _check(logprob, record, self.role)
         entropy = np.asarray(out.entropy_bt[place], np.float32) if self.entropy else None
         logprob = np.minimum(logprob, 0.0)
         if not self.top_k:
@@ -166,14 +169,15 @@ def _check_ids(record: Record, vocab_size: int) -> None:
         )
 
 
-def _check(logprob: np.ndarray, record: Record) -> None:
+def _check(logprob: np.ndarray, record: Record, role: str) -> None:
     bad = ~np.isfinite(logprob) | (logprob > POSITIVE_TOLERANCE)
     if bad.any():
         at = int(np.argmax(bad))
+        cause = "its weights are damaged" if role == "teacher" else "it has diverged"
         raise DataError(
-            f"teacher: log-prob {logprob[at]} at response token {at} of record "
-            f"'{record.prompt_id}'/{record.sample_index}; the teacher's weights are damaged, or "
-            "its compute dtype overflows: check the folder, or use model.compute_dtype=float32"
+            f"{role}: log-prob {logprob[at]} at response token {at} of record "
+            f"'{record.prompt_id}'/{record.sample_index}; {cause}, or its compute dtype overflows: "
+            f"{REPAIR[role]}, or use model.compute_dtype=float32"
         )
 
 

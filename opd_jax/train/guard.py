@@ -33,23 +33,22 @@ class Guard:
 
     Attributes:
         first: figures before the first step.
-        best: the judge's figure at the best evaluation so far, and the steps done by then.
+        best: figures of the best evaluation so far, and the steps done by then.
         warned: how many evaluations in a row had a warning.
     """
 
     config: GuardConfig
     first: Figures = field(default_factory=dict)
-    best: tuple[float, int] | None = None
+    best: tuple[Figures, int] | None = None
     warned: int = 0
 
     def look(self, steps: int, figures: Figures) -> Verdict:
         """Judge the figures after `steps` steps."""
         if not self.first:
             self.first = finite(figures)
-        judge, sign = judge_of(figures)
-        better = judge is not None and _better(figures[judge], self.best, sign)
-        if judge is not None and better:
-            self.best = figures[judge], steps
+        better = _better(figures, None if self.best is None else self.best[0])
+        if better:
+            self.best = finite(figures), steps
         warnings = self._warnings(figures)
         self.warned = self.warned + 1 if warnings else 0
         stop = self.config.action == "stop" and self.warned >= self.config.patience
@@ -83,6 +82,13 @@ class Guard:
                 )
         return found
 
+    def turn(self) -> None:
+        """New rollouts: what was said of the old ones is no measure for them."""
+        self.warned = 0
+        for figures in (self.first, {} if self.best is None else self.best[0]):
+            for name in [name for name in figures if name.startswith("heldout_")]:
+                del figures[name]
+
     def state(self) -> dict[str, Any]:
         """What `restored` needs, as JSON values."""
         return {"first": self.first, "best": self.best, "warned": self.warned}
@@ -93,7 +99,7 @@ class Guard:
         if state is None:
             return Guard(config)
         best = state["best"]
-        found = None if best is None else (float(best[0]), int(best[1]))
+        found = None if best is None else (dict(best[0]), int(best[1]))
         return Guard(config, state["first"], found, state["warned"])
 
 
@@ -102,13 +108,22 @@ def finite(figures: Figures) -> Figures:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def judge_of(figures: Figures) -> tuple[str | None, int]:
-    """The figure that decides, and its sign; `None` if there is none."""
-    return next(((name, sign) for name, sign in JUDGES if name in figures), (None, 1))
+def _better(figures: Figures, best: Figures | None) -> bool:
+    """By the first judge that both have and that tells them apart; the later of two equal ones.
 
-
-def _better(value: float, best: tuple[float, int] | None, sign: int) -> bool:
-    return math.isfinite(value) and (best is None or sign * (value - best[0]) > 0)
+    The draws of two evaluations are the same, so that reverse KLs are compared as they are; an
+    accuracy has to differ by a standard error.
+    """
+    known = [(name, sign) for name, sign in JUDGES if math.isfinite(figures.get(name, math.nan))]
+    if not known or best is None:
+        return bool(known)
+    for name, sign in known:
+        if name in best:
+            change = sign * (figures[name] - best[name])
+            margin = _noise(name, figures, best) / 2 if name == "fresh_accuracy" else 0.0
+            if abs(change) > margin:
+                return change > 0
+    return True
 
 
 def _noise(name: str, *figures: Figures) -> float:

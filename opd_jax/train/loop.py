@@ -168,7 +168,8 @@ class _Run:
     """The step under way: its metrics are read once the next one has begun."""
 
     def __init__(self, job: TrainJob, log: Log, source: Source, past: _Past) -> None:
-        self.job, self.meter, self._log, self._source = job, Meter(job.model), log, source
+        self.job, self._log, self._source = job, log, source
+        self.meter = Meter(job.model, frozen=job.loop.lora is not None)
         self.tokens, self.skipped, self.in_a_row = past
         self._schedule = learning_rate(job.loop.optim, job.loop.steps)
         self.trace = Trace(job.profile)

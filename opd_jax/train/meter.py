@@ -37,15 +37,16 @@ class Load(NamedTuple):
         return Load(int(real_bt.sum()), segments_bt.size * used // pieces, context)
 
 
-def model_flops(model: LanguageModel, load: Load) -> float:
+def model_flops(model: LanguageModel, load: Load, *, frozen: bool = False) -> float:
     """FLOPs of a forward and backward pass: 6 for each weight and token, 12 for each head, head
-    dimension, layer and pair of tokens. Nothing that is computed again counts.
+    dimension, layer and pair of tokens. Nothing that is computed again counts. Weights that are
+    `frozen` have no gradient: 4.
 
     Source: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B; causal attention counted once.
     """
     arch = model.arch
     pairs = arch.num_layers * arch.num_heads * arch.head_dim * load.context
-    return 6.0 * active_weights(model) * load.tokens + 12.0 * pairs
+    return (4.0 if frozen else 6.0) * active_weights(model) * load.tokens + 12.0 * pairs
 
 
 def active_weights(model: LanguageModel) -> int:
@@ -66,8 +67,8 @@ def active_weights(model: LanguageModel) -> int:
 class Meter:
     """Times the steps of a run; figures of a step come when the next one has begun."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+    def __init__(self, model: LanguageModel, *, frozen: bool = False) -> None:
+        self._model, self._frozen = model, frozen
         self._peak = total_peak_flops()
         self._last = time.monotonic()
         self._waited = 0.0
@@ -94,7 +95,8 @@ class Meter:
             "memory_gib": memory_gib(),
         }
         if self._peak is not None:
-            found["mfu"] = model_flops(self._model, load) / seconds / self._peak
+            flops = model_flops(self._model, load, frozen=self._frozen)
+            found["mfu"] = flops / seconds / self._peak
         return found
 
 

@@ -51,7 +51,8 @@ class HeldOutProbe:
     batch_tokens: int
 
     def __call__(self, params: Params) -> Figures:
-        scorer = Scorer(self.model, params, batch_tokens=self.batch_tokens, entropy=True)
+        tokens = self.batch_tokens
+        scorer = Scorer(self.model, params, batch_tokens=tokens, entropy=True, role="student")
         found = _scored(scorer, [s.record for s in self.scored])
         figures = drift(
             [scores.logprob for scores in found],
@@ -73,7 +74,7 @@ class AnswerProbe:
     batch_tokens: int
 
     def __call__(self, params: Params) -> Figures:
-        scorer = Scorer(self.model, params, batch_tokens=self.batch_tokens)
+        scorer = Scorer(self.model, params, batch_tokens=self.batch_tokens, role="student")
         found = _scored(scorer, self.answers)
         student = np.concatenate([scores.logprob for scores in found]).astype(np.float64)
         teacher = np.concatenate([r.student_logprob for r in self.answers]).astype(np.float64)

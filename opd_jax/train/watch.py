@@ -51,7 +51,7 @@ class Watch:
         for probe in self.probes:
             figures |= probe(params)
         warnings: list[str] = []
-        if self.saturation is not None and steps:
+        if self.saturation is not None and steps > self.loop.optim.warmup_steps:
             flat = self.saturation.look(figures["heldout_gap"])
             warnings += [flat] if flat else []
             self.stopped = self.saturation.flat and self.saturation.stops
@@ -72,7 +72,7 @@ class Watch:
             return False
         self.stopped = False
         if self.guard is not None:
-            self.guard.warned = 0  # of rollouts that are left behind
+            self.guard.turn()
         return True
 
     def chosen(self, params: Params, abstract: Params) -> tuple[Params, int | None]:
