@@ -260,6 +260,9 @@ def test_a_topk_run_needs_stored_teacher_tokens(write):
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
+        ("algorithm: sft, tau: 3.0", "tau is no option of algorithm 'sft'; leave it out"),
+        ("algorithm: sft, guard: {fresh: 4}", "guard is no option of algorithm 'sft'"),
+        ("support: 4", "support 4 is for objective 'topk' alone"),
         ("ratio_clip: 0.2", "ratio_clip 0.2 is for algorithm 'opd' alone, here it is 'lightning_"),
         (
             "algorithm: opd, batch_tokens: 9",

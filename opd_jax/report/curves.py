@@ -43,14 +43,9 @@ _OF_EVALUATIONS = ("heldout_", "fresh_")
 _UNSEEN = {
     *("w_std", "warnings", "skipped", "step_seconds", "data_wait", "padding", "memory_gib"),
     *("abs_advantage", "fresh_tokens", "fresh_truncated", "fresh_accuracy_stderr"),
-    *(
-        "fresh_reverse_kl_stderr",
-        "heldout_iw_reverse_kl_stderr",
-        "heldout_w",
-        "heldout_chi2",
-        "heldout_entropy",
-    ),
+    *("fresh_reverse_kl_stderr", "heldout_iw_reverse_kl_stderr", "heldout_w", "heldout_chi2"),
     *("heldout_effective_share", "heldout_reverse_kl_estimate", "heldout_teacher_nll"),
+    "heldout_entropy",
 }
 """For `metrics.jsonl` alone."""
 

@@ -33,18 +33,12 @@ def tell_if_unwatched(stage: str, run: TrainRun, kept: Sequence[int]) -> None:
         "guard.final=best": run.guard.final == "best",
         "refresh.on_drift": drift,
     }
-    why = (
-        "heldout is 0"
-        if not run.heldout
-        else (
-            f"heldout is {run.heldout} and at most a tenth of the records, which holds no whole prompt"
-        )
-    )
+    why = f"heldout is {run.heldout}, and a tenth of the records holds no whole prompt"
     for key, asked in asks.items():
         if asked:
             raise ConfigError(
-                f"train.runs.{stage.removeprefix('train.')}.{key} needs held-out records, and there "
-                f"are none: {why}; raise it, take more prompts, or leave that key out"
+                f"{stage}: {key} needs held-out records, and there are none: {why}; raise it, take "
+                "more prompts, or leave that key out"
             )
     if run.heldout:
         say(stage_line(stage, f"WARNING: nothing is held out, so nothing is evaluated: {why}"))

@@ -27,6 +27,9 @@ def loops(student, teacher, sampler, tau):
     gaps, ws = zip(*tokens, strict=True)
     mean = sum(weights) / len(weights)
     pairs = list(zip(weights, kls, lengths, strict=True))
+    kl = sum(w * k for w, k, _ in pairs) / sum(w * n for w, _, n in pairs)
+    squares = sum((w * (k - kl * n)) ** 2 for w, k, n in pairs)
+    error = (len(pairs) / (len(pairs) - 1) * squares) ** 0.5 / sum(w * n for w, _, n in pairs)
     return {
         "half_squared_advantage": sum(min(abs(g), tau) ** 2 for g in gaps) / 2 / len(gaps),
         "reverse_kl_estimate": -sum(gaps) / len(gaps),
@@ -35,7 +38,8 @@ def loops(student, teacher, sampler, tau):
         "log_w": sum(logs) / len(logs),
         "effective_share": sum(weights) ** 2 / len(weights) / sum(w * w for w in weights),
         "chi2": sum(w * w for w in weights) / len(weights) / mean**2 - 1,
-        "iw_reverse_kl": sum(w * k for w, k, _ in pairs) / sum(w * n for w, _, n in pairs),
+        "iw_reverse_kl": kl,
+        "iw_reverse_kl_stderr": error,
     }
 
 

@@ -258,6 +258,19 @@ def test_diagnostics_are_the_paper_s_monitors():
         assert found[name] == pytest.approx(value, abs=2e-3), name
 
 
+def test_figures_are_of_the_advantage_that_is_used():
+    """With a reward scale the target is not the teacher; the reverse KL is still the teacher's."""
+    student, teacher, mask, _ = batch(4, spread=1.0)
+    sampler = student - np.float32(0.2)
+    tokens = TokenLogprobs(student, teacher, sampler, mask)
+    found = averages(jax.device_get(diagnostics(tokens, Terms(reward_scale=1.5))))
+    gap = (sampler + 1.5 * (teacher - sampler) - student)[mask]
+    assert found["half_squared_advantage"] == pytest.approx(np.mean(gap**2) / 2, rel=1e-4)
+    assert found["reverse_kl_estimate"] == pytest.approx(
+        np.mean((student - teacher)[mask]), rel=1e-4
+    )
+
+
 def test_sft_loss_is_a_sum_and_a_count():
     logprob = np.array([[-1.0, -2.0, np.nan], [-3.0, np.nan, np.nan]], np.float32)
     mask = np.array([[True, True, False], [True, False, False]])

@@ -17,7 +17,7 @@ def test_a_healthy_run_is_left_alone_and_its_best_state_is_kept():
     guard = Guard(GuardConfig(action="stop", patience=1))
     verdicts = [guard.look(s, figures(iw_reverse_kl=kl)) for s, kl in enumerate((0.4, 0.2, 0.3))]
     assert [v.best for v in verdicts] == [True, True, False]
-    assert guard.best == (0.2, 1)
+    assert guard.best == (figures(iw_reverse_kl=0.2), 1)
     assert not any(v.warnings or v.stop for v in verdicts)
 
 
@@ -62,6 +62,36 @@ def test_the_most_trusted_judge_decides():
     better["fresh_reverse_kl"] = math.nan
     assert not guard.look(2, better).best
     assert guard.look(3, {**better, "fresh_reverse_kl": 0.1}).best
+
+
+def test_what_cannot_tell_two_states_apart_leaves_it_to_the_next_judge():
+    """Nobody answers right: the weighted reverse KL decides, and of equals the later one is best."""
+    guard = Guard(GuardConfig())
+    none = {"fresh_accuracy": 0.0, "fresh_accuracy_stderr": 0.0}
+    kls = (0.4, 0.3, 0.35, 0.3)
+    looks = [guard.look(s, {**none, **figures(iw_reverse_kl=kl)}) for s, kl in enumerate(kls)]
+    assert [look.best for look in looks] == [True, True, False, True]
+    near = {"fresh_accuracy": 0.5, "fresh_accuracy_stderr": 0.09}
+    guard = Guard(GuardConfig())
+    guard.look(0, {**near, **figures(iw_reverse_kl=0.3)})
+    assert not guard.look(1, {**near, "fresh_accuracy": 0.55, **figures(iw_reverse_kl=0.4)}).best
+    assert guard.look(2, {**near, "fresh_accuracy": 0.8, **figures(iw_reverse_kl=0.4)}).best
+
+
+def test_a_weighted_reverse_kl_has_its_noise_too():
+    error = {"iw_reverse_kl_stderr": 0.05}
+    guard = Guard(GuardConfig())
+    guard.look(0, figures(iw_reverse_kl=0.3, **error))
+    assert not guard.look(1, figures(iw_reverse_kl=0.4, **error)).warnings
+    assert guard.look(2, figures(iw_reverse_kl=0.5, **error)).warnings
+
+
+def test_new_rollouts_are_not_measured_by_the_old_ones():
+    guard = Guard(GuardConfig())
+    guard.look(0, figures(iw_reverse_kl=0.1))
+    guard.turn()
+    assert not guard.look(1, figures(iw_reverse_kl=0.5)).warnings
+    assert guard.best == (figures(iw_reverse_kl=0.5), 1)
 
 
 def test_a_restored_guard_goes_on_as_if_nothing_had_happened():
