@@ -111,12 +111,14 @@ def finite(figures: Figures) -> Figures:
 def _better(figures: Figures, best: Figures | None) -> bool:
     """By the first judge that both have and that tells them apart; the later of two equal ones.
 
-    The draws of two evaluations are the same, so that reverse KLs are compared as they are; an
+    A state with a figure that is not finite is never the best. The draws of two evaluations are the same, so that reverse KLs are compared as they are; an
     accuracy has to differ by a standard error.
     """
-    known = [(name, sign) for name, sign in JUDGES if math.isfinite(figures.get(name, math.nan))]
-    if not known or best is None:
-        return bool(known)
+    known = [(name, sign) for name, sign in JUDGES if name in figures]
+    if not known or not all(math.isfinite(figures[name]) for name, _ in known):
+        return False
+    if best is None:
+        return True
     for name, sign in known:
         if name in best:
             change = sign * (figures[name] - best[name])
