@@ -111,8 +111,8 @@ def finite(figures: Figures) -> Figures:
 def _better(figures: Figures, best: Figures | None) -> bool:
     """By the first judge that both have and that tells them apart; the later of two equal ones.
 
-    A state with a figure that is not finite is never the best. The draws of two evaluations are the same, so that reverse KLs are compared as they are; an
-    accuracy has to differ by a standard error.
+    A state with a figure that is not finite is never the best. Two evaluations have the same draws,
+    so that reverse KLs are compared as they are; an accuracy has to differ by a standard error.
     """
     known = [(name, sign) for name, sign in JUDGES if name in figures]
     if not known or not all(math.isfinite(figures[name]) for name, _ in known):

@@ -65,7 +65,7 @@ def test_the_most_trusted_judge_decides():
 
 
 def test_what_cannot_tell_two_states_apart_leaves_it_to_the_next_judge():
-    """Nobody answers right: the weighted reverse KL decides, and of equals the later one is best."""
+    """No answer is right: the weighted reverse KL decides, and of equals the later is best."""
     guard = Guard(GuardConfig())
     none = {"fresh_accuracy": 0.0, "fresh_accuracy_stderr": 0.0}
     kls = (0.4, 0.3, 0.35, 0.3)
