@@ -129,10 +129,10 @@ def _better(figures: Figures, best: Figures | None) -> bool:
 
 
 def _noise(name: str, *figures: Figures) -> float:
-    """Two standard errors of a difference, where they are known."""
-    errors = [found.get(f"{name}_stderr", 0.0) for found in figures]
-    known = [error for error in errors if math.isfinite(error)]
-    return 2.0 * math.sqrt(sum(error * error for error in known))
+    """Two standard errors of a difference; infinite where one is not known, as of one sample."""
+    errors = [found.get(f"{name}_stderr", math.nan) for found in figures]
+    known = all(math.isfinite(error) for error in errors)
+    return 2.0 * math.sqrt(sum(error * error for error in errors)) if known else math.inf
 
 
 @dataclass

@@ -84,6 +84,9 @@ def test_a_weighted_reverse_kl_has_its_noise_too():
     guard.look(0, figures(iw_reverse_kl=0.3, **error))
     assert not guard.look(1, figures(iw_reverse_kl=0.4, **error)).warnings
     assert guard.look(2, figures(iw_reverse_kl=0.5, **error)).warnings
+    alone = Guard(GuardConfig())  # one response: its error is not known
+    alone.look(0, figures(iw_reverse_kl=0.3, iw_reverse_kl_stderr=math.nan))
+    assert not alone.look(1, figures(iw_reverse_kl=0.5, iw_reverse_kl_stderr=math.nan)).warnings
 
 
 def test_new_rollouts_are_not_measured_by_the_old_ones():
