@@ -101,7 +101,7 @@ class SFTConfig(LoopConfig):
 class GuardConfig(Frozen):
     """What a run watches at its evaluations, and what it does when the student leaves its rollouts.
 
-    The limits are about held-out rollouts; docs/results.md shows how well they tell.
+    The limits are about held-out rollouts; they come from few toy runs and are not calibrated yet.
     """
 
     action: Literal["off", "warn", "stop"] = "warn"

@@ -1,7 +1,7 @@
 """Is the student still near its rollouts: what an evaluation says, what is best, when to stop.
 
-The limits are those of docs/results.md, where runs that get better and runs that get lost are
-compared on the quickstart's models.
+The limits are not calibrated yet: `benchmarks/robustness.py` compares runs that get better with runs
+that get lost, and has still to be run to its end.
 """
 
 from __future__ import annotations
