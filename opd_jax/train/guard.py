@@ -1,7 +1,7 @@
 """Is the student still near its rollouts: what an evaluation says, what is best, when to stop.
 
-The limits are not calibrated yet: `benchmarks/robustness.py` compares runs that get better with runs
-that get lost, and has still to be run to its end.
+The limits are not calibrated yet: `benchmarks/robustness.py`, which compares runs that get better
+with runs that get lost, has still to be run to its end.
 """
 
 from __future__ import annotations
