@@ -39,7 +39,7 @@ def test_adapters_are_trained_merged_and_exported(tmp_path):
     assert len(names) == 4
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {x["run"] for x in lines} == {"sft", "opd_online"}
-    assert all(np.isfinite(x["loss"]) for x in lines)
+    assert all(np.isfinite(x["loss"]) for x in lines if "loss" in x)
 
 
 def test_adapters_that_cannot_be_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
