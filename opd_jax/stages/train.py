@@ -69,8 +69,10 @@ def _fresh_inputs(ctx: RunContext, run: TrainRun) -> Json:
     """What the evaluations' fresh samples depend on: they decide which state is the best."""
     if run.algorithm == "sft" or not (run.guard.fresh and run.heldout):
         return {}
-    sampling, grader = ctx.settings(ctx.config.rollout), ctx.config.evaluate.grader
-    found = {"prompts": ctx.prompts_fingerprint("opd"), "sampling": sampling, "grader": grader}
+    found: Json = {"grader": ctx.config.evaluate.grader}
+    if run.algorithm == "lightning_opd":  # `opd` depends on these in any case
+        found["prompts"] = ctx.prompts_fingerprint("opd")
+        found["sampling"] = ctx.settings(ctx.config.rollout)
     if run.guard.teacher:
         found["teacher"] = ctx.identity("teacher").fingerprint
     return {"fresh": found}
