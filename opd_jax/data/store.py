@@ -103,8 +103,7 @@ class Store:
             DataError: there are others at work, divided into another number.
         """
         key = "shares.json"
-        if not self.files.exists(key):
-            self.files.write_document(key, {"shares": count})
+        self.files.write_new(key, encode_document({"shares": count}))
         found = self.files.read_document(key, "delete it and start the share again")["shares"]
         if found != count:
             raise DataError(

@@ -84,7 +84,7 @@ class TrainResult(NamedTuple):
         steps: how many were done.
         best: how many steps the parameters have, where they are not those of the last.
         tokens: target tokens of all steps, earlier tries included.
-        skipped: steps among them that changed nothing, as they were not finite.
+        skipped: steps among them that changed no parameter, as they were not finite.
     """
 
     params: Params
