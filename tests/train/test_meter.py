@@ -49,6 +49,8 @@ def test_model_flops_by_hand():
     load = Load(tokens=10, computed=16, context=30)
     attention = 12 * arch.num_layers * arch.num_heads * arch.head_dim * 30
     assert model_flops(model, load) == pytest.approx(6 * active_weights(model) * 10 + attention)
+    frozen = model_flops(model, load, frozen=True)
+    assert frozen == pytest.approx(4 * active_weights(model) * 10 + attention)
 
 
 def test_the_table_of_peaks_takes_the_longest_name():

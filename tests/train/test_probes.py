@@ -8,6 +8,7 @@ from models import tiny
 from opd_jax.config import SamplingConfig
 from opd_jax.data.collate import Scored
 from opd_jax.data.records import Record, Scores
+from opd_jax.errors import DataError
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.probes import AnswerProbe, FreshProbe, HeldOutProbe, held_out
 
@@ -82,3 +83,11 @@ def test_fresh_samples_are_graded_and_scored():
     assert probe(params) == figures
     other = probe(model.init(jax.random.key(5)))
     assert other["fresh_reverse_kl"] > 0.001
+
+
+def test_a_student_that_has_diverged_is_not_called_a_teacher():
+    model, params = tiny()
+    answers = records(model, params)
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), params)
+    with pytest.raises(DataError, match=r"student: log-prob nan .*it has diverged.*lower optim"):
+        AnswerProbe(model, answers, 32)(broken)
