@@ -1,13 +1,16 @@
 """What each objective bears: accuracy and fresh reverse KL over learning rates and steps.
 
-    python benchmarks/robustness.py --keep runs/robustness
+    python benchmarks/robustness.py
+    python benchmarks/robustness.py --measure --seeds 0 1 2
 
 On the quickstart's models: every objective at 0.3 to 30 times the learning rate of the quickstart's
 `opd` run, evaluated every 30 of 300 steps on fresh samples of held-out prompts (which training
-never sees), scored by the teacher; three seeds. Prints a table of the last step and of the best,
-and how well the figures that need no teacher tell runs that are lost; `--write` puts the whole into
-`docs/robustness.json` and `docs/robustness.svg`. Hours on two cores: a run folder that is kept goes
-on where it was stopped, and `--seeds`, `--rates` and `--objectives` choose a part.
+never sees), scored by the teacher; three seeds. `--measure` trains what
+`benchmarks/robustness_runs/` does not have yet, one run at a time, and adds its evaluations there:
+hours on two cores, which may be cut off; `--seeds`, `--rates` and `--objectives` choose a part.
+Without it, the table of the last step and of the best is printed from what is there, how well the
+figures that need no teacher tell states that are lost, and what the guard would have kept and when
+it would have stopped; `--write` draws `docs/robustness.svg`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from common import ROOT, report
 
@@ -36,8 +39,14 @@ OBJECTIVES = {
     "capped": {"objective": "sampled", "weight_cap": 2.0},
     **TOPK,
     "online": {"algorithm": "opd", "objective": "sampled"},
+    "refreshed": {"objective": "sampled", "refresh": {"every": 60}},
 }
-SHOWN = {"capped": "sampled, min(w, 2)", "online": "online OPD"}
+SHOWN = {
+    "capped": "sampled, min(w, 2)",
+    "online": "online OPD",
+    "refreshed": "sampled, refresh.every=60",
+}
+RECORDS = ROOT / "benchmarks" / "robustness_runs"
 
 
 def runs(objectives, rates):
@@ -51,7 +60,7 @@ def runs(objectives, rates):
         "guard": {"teacher": True, "fresh": 200, "action": "off"},
     }
     return {
-        f"{name}-{rate:g}".replace(".", "p"): {
+        run_name(name, rate): {
             **shared,
             **OBJECTIVES[name],
             "optim": {"learning_rate": BASE_RATE * rate, "warmup_steps": 5},
@@ -61,30 +70,59 @@ def runs(objectives, rates):
     }
 
 
-def train(seed, run_dir, wanted):
-    """All runs of a seed; they end up in its metrics."""
-    command = [
-        *(sys.executable, "-m", "opd_jax.main"),
-        *("--config", str(ROOT / "configs" / "quickstart.yaml")),
-        *("--stages", "answer,sft,rollout,score,train"),
-        *(f"run_dir={run_dir}", f"seed={seed}", f"train={json.dumps(wanted)}"),
-    ]
-    subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
+def run_name(objective, rate):
+    return f"{objective}-{rate:g}".replace(".", "p")
 
 
-def evaluations(run_dir):
-    """run name -> {steps done: figures}."""
+def measure(seed, wanted):
+    """Train the runs of a seed that are not recorded, and record each when it ends."""
+    path = RECORDS / f"seed{seed}.json"
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in wanted:
+            known = json.loads(path.read_text()) if path.exists() else {}
+            if name in known:
+                continue
+            command = [
+                *(sys.executable, "-m", "opd_jax.main"),
+                *("--config", str(ROOT / "configs" / "quickstart.yaml")),
+                *("--stages", "answer,sft,rollout,score,train"),
+                *(f"run_dir={scratch}", f"seed={seed}"),
+                f"train={json.dumps({'runs': wanted, 'enabled': [name]})}",
+            ]
+            subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
+            known[name] = evaluations(Path(scratch), name)
+            write(path, known)
+
+
+def write(path, known):
+    """One line for each run; never half a file."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".new").write_text(f"{{\n{lines}\n}}\n")
+    path.with_suffix(".new").replace(path)
+
+
+def evaluations(run_dir, name):
+    """{steps done: figures} of a run, to four digits."""
     found = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        if entry["stage"] == "train" and "fresh_reverse_kl" in entry:
-            found.setdefault(entry["run"], {})[entry["step"] + 1] = entry
+        if entry["stage"] == "train" and entry.get("run") == name and "fresh_reverse_kl" in entry:
+            figures = {k: v for k, v in entry.items() if k.startswith(("fresh_", "heldout_"))}
+            found[entry["step"] + 1] = {k: float(f"{v:.4g}") for k, v in figures.items()}
     return found
+
+
+def recorded(seed):
+    """run name -> {steps done: figures}, as `measure` left it."""
+    path = RECORDS / f"seed{seed}.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    return {name: {int(step): e for step, e in run.items()} for name, run in runs.items()}
 
 
 def curve(seeds, objective, rate):
     """steps -> (accuracy, fresh reverse KL), means over the seeds that have them."""
-    name = f"{objective}-{rate:g}".replace(".", "p")
+    name = run_name(objective, rate)
     have = [found[name] for found in seeds.values() if name in found]
     return {
         step: tuple(
@@ -184,39 +222,70 @@ def plot(seeds, objectives, rates, path):
     panels.savefig(path)
 
 
+def guarded(found, config, blind):
+    """What the guard makes of a recorded run: (stopped after, kept state, its reverse KL).
+
+    Args:
+        blind: without the figures that need the teacher or a grader.
+    """
+    from opd_jax.train.guard import Guard
+
+    guard, stopped = Guard(config), max(found)
+    for step in sorted(found):
+        figures = {k: v for k, v in found[step].items() if not (blind and k.startswith("fresh_"))}
+        if guard.look(step, figures).stop:
+            stopped = step
+            break
+    kept = guard.best[1]
+    return stopped, kept, found[kept]["fresh_reverse_kl"]
+
+
+def print_rescued(seeds, objectives, rates):
+    """Median over seeds: what is left without a guard, with one, and with one without a teacher."""
+    from opd_jax.config_train import GuardConfig
+
+    config = GuardConfig(action="stop", final="best")
+    print("reverse KL: before, after the last step; (kept, stopped after) by the guard, and by one")
+    print("that sees neither fresh samples nor a teacher; medians of the seeds")
+    for name in objectives:
+        for rate in rates:
+            runs = [found[run_name(name, rate)] for found in seeds.values()
+                    if run_name(name, rate) in found]  # fmt: skip
+            if not runs or any("heldout_log_w" not in run[0] for run in runs):
+                continue
+            ends = [median(run[step]["fresh_reverse_kl"] for run in runs) for step in (0, STEPS)]
+            told = []
+            for blind in (False, True):
+                stopped, _, kl = zip(*(guarded(r, config, blind) for r in runs), strict=True)
+                told.append(f"({median(kl):.3f}, {median(stopped):.0f})")
+            cells = [f"{kl:.3f}" for kl in ends] + told
+            print(f"{SHOWN.get(name, name):24} x{rate:<5g}" + "  ".join(f"{c:14}" for c in cells))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
-    parser.add_argument("--keep", type=Path, help="keep the run folders here")
-    parser.add_argument("--write", action="store_true", help="write the table and plot into docs/")
+    parser.add_argument("--measure", action="store_true", help="train what is not recorded yet")
+    parser.add_argument("--write", action="store_true", help="write the plot into docs/")
     given = parser.parse_args()
-    wanted = runs(given.objectives, given.rates)
-    with tempfile.TemporaryDirectory() as scratch:
-        root = given.keep or Path(scratch)
+    if given.measure:
         for seed in given.seeds:
-            train(seed, root / f"seed{seed}", {"runs": wanted, "enabled": list(wanted)})
-        seeds = {seed: evaluations(root / f"seed{seed}") for seed in given.seeds}
+            measure(seed, runs(given.objectives, given.rates))
+    seeds = {seed: recorded(seed) for seed in given.seeds}
     print_table(seeds, given.objectives, given.rates)
-    told = predictors(seeds)
-    for figure, values in told.items():
+    for figure, values in predictors(seeds).items():
         print(f"{figure:34}" + "  ".join(f"{key} {value:.3g}" for key, value in values.items()))
+    print_rescued(seeds, given.objectives, given.rates)
     if given.write:
-        table = {
-            f"{name} x{rate:g}": curve(seeds, name, rate)
-            for name in given.objectives
-            for rate in given.rates
-        }
-        (ROOT / "docs" / "robustness.json").write_text(json.dumps(table, indent=1) + "\n")
         plot(seeds, given.objectives, given.rates, ROOT / "docs" / "robustness.svg")
     figures = {}
     for name in given.objectives:
-        kls = [kl for rate in given.rates for _, kl in curve(seeds, name, rate).values()]
-        figures[f"{name}.best_kl"] = min(kls)
-        figures[f"{name}.worst_last_kl"] = max(
-            curve(seeds, name, rate)[STEPS][1] for rate in given.rates
-        )
+        curves = [points for rate in given.rates if (points := curve(seeds, name, rate))]
+        if curves:
+            figures[f"{name}.best_kl"] = min(kl for points in curves for _, kl in points.values())
+            figures[f"{name}.worst_last_kl"] = max(points[STEPS][1] for points in curves)
     report("robustness", figures)
 
 

@@ -5,8 +5,8 @@
 
 A step takes 16 sequences of 30 to 512 tokens: text of this repository, cut to prompts of 20 to 100
 tokens and responses of a long-tailed length, with random teacher log-probs. Ours is the step of
-the `train` stage: records and scores come from a store, packed into rows of 512 tokens, 4 rows a
-micro-batch (`micro_batch_size: 4`, `remat: full`). Theirs is the same arithmetic in torch and
+the `train` stage: records and scores come from a store, packed into rows of 512 tokens, one row a
+micro-batch (`micro_batch_size: 1`, `remat: none`). Theirs is the same arithmetic in torch and
 transformers: padded micro-batches of at most 2,048 tokens, each as wide as its longest sequence,
 sequences in the order of the step, none sorted or packed; AdamW, clipping, accumulation. Both
 sides read one folder of weights and take the same sequences in the same steps; tokens are response
@@ -31,7 +31,8 @@ from common import ROOT, report
 from sides import Side, alternate, arguments, ratio, serve
 
 SEQUENCES, STEPS = 16, 16
-ROW_TOKENS, MICRO_ROWS = 512, 4
+ROW_TOKENS, MICRO_ROWS, REMAT = 512, 1, "none"
+PADDED_TOKENS = 2048  # of a micro-batch of theirs
 LEARNING_RATE, SEED = 2e-6, 0
 
 
@@ -110,7 +111,7 @@ def setup(folder):
     from opd_jax.train.sources import Packing, offline_source
     from opd_jax.train.step import Objective, init_state
 
-    model, params = read_model(folder, remat="full")
+    model, params = read_model(folder, remat=REMAT)
     optimizer = make_optimizer(model, LoopConfig(optim=OptimConfig(learning_rate=LEARNING_RATE)))
     store = open_store(folder / "store")
     snapshot = store.freeze()
@@ -211,11 +212,11 @@ def length(member):
 
 
 def micro_batches(members):
-    """Runs of sequences, in their order, that fill at most our micro-batch when padded."""
+    """Runs of sequences, in their order, of at most `PADDED_TOKENS` when padded."""
     found = [[]]
     for member in members:
         wider = [*found[-1], member]
-        if len(wider) * (max(map(length, wider)) - 1) > ROW_TOKENS * MICRO_ROWS:
+        if len(wider) * (max(map(length, wider)) - 1) > PADDED_TOKENS:
             found.append([])
         found[-1].append(member)
     return found

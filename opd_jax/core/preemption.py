@@ -27,6 +27,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.came = False
+        self._raises = False
         self._before: object = None
         self._ours = False
 
@@ -41,6 +42,19 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
+        if self._raises:
+            raise Preempted("SIGTERM")
+
+    @contextlib.contextmanager
+    def raised(self, wanted: bool) -> Generator[None]:
+        """Within, if it is wanted, SIGTERM raises Preempted: for work that can be given up."""
+        self._raises = wanted
+        try:
+            if wanted and self.came:
+                raise Preempted("SIGTERM")
+            yield
+        finally:
+            self._raises = False
 
     def __exit__(
         self,

@@ -52,8 +52,10 @@ class RunContext:
         """A config node as a stage's input."""
         # Of scores it is the cost; of a training run, which records a step takes.
         cost = {"batch_tokens"} if isinstance(node, ScoreConfig) else set[str]()
-        found = node.model_dump(mode="json")
-        return {k: v for k, v in found.items() if k not in NOT_INPUTS | cost}
+        free = NOT_INPUTS | cost
+        if getattr(node, "router_balance", 0.0):
+            free = free - {"micro_batch_size"}  # the balance is that of each micro-batch
+        return {k: v for k, v in node.model_dump(mode="json").items() if k not in free}
 
     def seed(self, stream: str) -> int:
         """A seed of its own for every purpose."""

@@ -73,7 +73,9 @@ class RoundRollouts:
             ctx.config.score.entropy,
         )
         self._check_first(first)
-        longest = max(len(ids) for _, ids in prompts) + ctx.config.rollout.max_new_tokens
+        prompt_r, response_r = first.snapshot.lengths()
+        later = max(len(ids) for _, ids in prompts) + ctx.config.rollout.max_new_tokens
+        longest = max(later, int((prompt_r + response_r).max()))
         self.packing = Packing.of(self.run, longest, axis_size(ctx.mesh, "batch"), support)
         rounds.snapshots[:] = [first.snapshot.hash]
         self._use(first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from opd_jax.data.store import open_store
+from opd_jax.model.transformer import Params
 from opd_jax.stages.common import Outcome
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
@@ -46,5 +47,11 @@ def run(ctx: RunContext) -> Outcome:
     objective = Objective("sft", router_balance=ctx.config.sft.router_balance)
     task = TrainTask(NAME, NAME, objective, ctx.config.sft, inputs(ctx))
     prepared = prepare_answers(ctx, task.loop, NAME, NAME)
-    identity, counts = train(ctx, task, ctx.model("student")[1], prepared, lineage)
+
+    def load() -> Params:
+        params = ctx.model("student")[1]
+        ctx.release_models()  # what is trained is a copy
+        return params
+
+    identity, counts = train(ctx, task, load, prepared, lineage)
     return Outcome({"model": identity.to_json()}, counts)

@@ -102,8 +102,7 @@ def run(ctx: RunContext, name: str) -> Outcome:
         **made_of,
     }
     task = TrainTask(f"train.{name}", name, objective, config, inputs(ctx, name))
-    _, params = ctx.trained("sft")
-    identity, counts = train(ctx, task, params, prepared, lineage)
+    identity, counts = train(ctx, task, lambda: ctx.trained("sft")[1], prepared, lineage)
     return Outcome({"model": identity.to_json(), **made_of}, counts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -48,9 +49,13 @@ class Prepared(NamedTuple):
 
 
 def train(
-    ctx: RunContext, task: TrainTask, params: Params, prepared: Prepared, lineage: Json
+    ctx: RunContext,
+    task: TrainTask,
+    load: Callable[[], Params],
+    prepared: Prepared,
+    lineage: Json,
 ) -> tuple[Identity, Json]:
-    """Train from `params`, or from where an earlier try stopped; returns the model and counts."""
+    """Train what `load` gives, or go on where an earlier try stopped; returns model and counts."""
     model = ctx.program("student")
     folder = ctx.checkpoint_dir(task.name)
     state = folder / "state"
@@ -75,14 +80,18 @@ def train(
                 writer.write(steps - 1, {**figures, "warnings": float(len(warnings))})
 
         watch = Watch(task.loop, report, folder / "best", *prepared[1:])
-        start_params = params if task.loop.lora else _cast(params, "float32")
-        result = run_training(job, start_params, prepared.source, log, watch)
+
+        def loaded() -> Params:
+            return load() if task.loop.lora else _cast(load(), "float32")
+
+        result = run_training(job, loaded, prepared.source, log, watch)
     counts: Json = {"steps": result.steps, "tokens": result.tokens}
     if result.steps < task.loop.steps:
         say(stage_line(task.stage, f"stopped after {result.steps} of {task.loop.steps} steps"))
     if result.best is not None:
         say(stage_line(task.stage, f"the trained model is the best state, of {result.best} steps"))
         counts["best_step"] = result.best
+        lineage = {**lineage, "best_state_of_steps": result.best}
     if result.skipped:
         counts["skipped"] = result.skipped
     if prepared.rounds is not None:

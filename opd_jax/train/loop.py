@@ -95,12 +95,16 @@ class TrainResult(NamedTuple):
 
 
 def run_training(
-    job: TrainJob, params: Params, source: Source, log: Log, watch: Watch | None = None
+    job: TrainJob,
+    start: Callable[[], Params],
+    source: Source,
+    log: Log,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train to the last step, from the newest checkpoint in `job.directory` if there is one.
 
     Args:
-        params: where a fresh run starts, or what adapters are added to; left untouched.
+        start: gives the float32 parameters to begin with, or those that adapters are added to.
         log: called with a step and its metrics after the next step is on its way.
         watch: evaluates the run, and may end it before its last step.
 
@@ -112,48 +116,44 @@ def run_training(
     adapters = job.adapters
     optimizer = make_optimizer(adapters or job.model, job.loop)
     step_fn = make_train_step(job.model, job.objective, optimizer, source.pieces, adapters)
-    frozen = (params,) if adapters else ()
-    first = adapters.init(job.seed) if adapters else params
-    state, past = _resume(job, optimizer, first, watch)
+    frozen = [start()] if adapters else []
+    state, past = _resume(job, optimizer, start, watch)
 
     def whole(trained: Params) -> Params:
-        return adapters.merge(params, trained) if adapters else trained
+        return adapters.merge(frozen[0], trained) if adapters else trained
 
     def model_of(state: TrainState) -> Params:
         return whole(result_of(state.params, state.opt_state))
 
-    if watch is not None and int(state.step) == 0 and watch.due(0):
-        watch.look(0, model_of(state))
-    next_batch = source.start(done := int(state.step))
-    run = _Run(job, log, source, past)
+    done = int(state.step)
+    run = _Run(job, log, source, past, watch, done)
+    if not done:
+        run.evaluate(0, functools.partial(model_of, state))
     with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
-        while done < job.loop.steps and not (watch and watch.stopped):
-            batch = run.wait(next_batch, done, functools.partial(whole, state.params))
+        while not run.over(done):
+            try:  # a draw of rollouts takes minutes; what is done of it can be given up
+                with notice.raised(done % source.stride == 0):
+                    batch = run.wait(done, functools.partial(whole, state.params))
+            except Preempted:
+                break
             state, metrics = step_fn(state, _put(job.model, batch), *frozen)
             run.began(done, batch, metrics)
             saver.settle()
             done += 1
             notice.ask(done)
-            evaluate = watch is not None and watch.due(done)
-            if watch is not None and evaluate:
-                run.flush()
-                watch.look(done, model_of(state))
+            run.evaluate(done, functools.partial(model_of, state))
             turned = watch is not None and watch.turn(done)
-            leave = notice.came and done % source.stride == 0
-            over = done == job.loop.steps or (watch is not None and watch.stopped)
-            save = leave or turned or over or done % job.loop.save_every == 0
-            if save:
-                run.flush()  # it stops at a step that is not finite, or counts it as skipped
-                saver.save(done, state, _meta(job, run, watch))
+            if turned or run.over(done) or done % job.loop.save_every == 0:
+                run.save(saver, done, state)
             if turned:  # a round is drawn from a state that is there
                 saver.finish()
-            if leave:
+            if notice.came and done % source.stride == 0:
                 break
-            if save or evaluate:
-                run.meter.pause()
+        if notice.came and run.saved < done:
+            run.save(saver, done, state)
     if notice.came:
-        raise Preempted(f"SIGTERM: step {done} is saved in {job.directory}")
-    return _result(run, model_of(state), done, watch)
+        raise _preempted(job, done)
+    return _result(run, model_of(state), done)
 
 
 class _Past(NamedTuple):
@@ -167,24 +167,63 @@ class _Past(NamedTuple):
 class _Run:
     """The step under way: its metrics are read once the next one has begun."""
 
-    def __init__(self, job: TrainJob, log: Log, source: Source, past: _Past) -> None:
-        self.job, self._log, self._source = job, log, source
+    def __init__(
+        self,
+        job: TrainJob,
+        log: Log,
+        source: Source,
+        past: _Past,
+        watch: Watch | None,
+        done: int,
+    ) -> None:
+        self.job, self._log, self._source, self.watch = job, log, source, watch
+        self._next_batch = source.start(done)
+        self.saved = done
         self.meter = Meter(job.model, frozen=job.loop.lora is not None)
         self.tokens, self.skipped, self.in_a_row = past
         self._schedule = learning_rate(job.loop.optim, job.loop.steps)
         self.trace = Trace(job.profile)
         self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
 
-    def wait(self, next_batch: NextBatch, step: int, current: Callable[[], Params]) -> Any:
+    def wait(self, step: int, current: Callable[[], Params]) -> Any:
         self.trace.step()
         start = time.monotonic()
-        batch = next_batch(step, current)
+
+        def ready() -> Params:
+            """The step before is no part of the wait."""
+            nonlocal start
+            params = jax.block_until_ready(current())
+            start = time.monotonic()
+            return params
+
+        batch = self._next_batch(step, ready)
         self.meter.waited(time.monotonic() - start)
         return batch
 
     def began(self, step: int, batch: Any, metrics: dict[str, jax.Array]) -> None:
         self.flush()
         self._pending = step, Load.of(batch, self._source.pieces), metrics
+
+    def over(self, done: int) -> bool:
+        """Whether the step before was the last."""
+        return done == self.job.loop.steps or (self.watch is not None and self.watch.stopped)
+
+    def evaluate(self, done: int, params: Callable[[], Params]) -> None:
+        """Evaluate if it is time to."""
+        if self.watch is not None and self.watch.due(done):
+            self.flush()
+            self.watch.look(done, params())
+            self.meter.pause()
+
+    def save(self, saver: checkpoint.Saver, done: int, state: TrainState) -> None:
+        """Begin to save the state after so many steps."""
+        self.flush()  # it stops at a step that is not finite, or counts it as skipped
+        past = _Past(self.tokens, self.skipped, self.in_a_row)
+        watch = None if self.watch is None else self.watch.state()
+        meta = {"inputs": self.job.inputs, "past": past._asdict(), "watch": watch}
+        saver.save(done, state, meta)
+        self.saved = done
+        self.meter.pause()
 
     def flush(self) -> None:
         if self._pending is None:
@@ -230,30 +269,29 @@ def _shown(names: list[str]) -> str:
     return f", of {', '.join(names[:3])}{more}"
 
 
-def _result(run: _Run, params: Params, done: int, watch: Watch | None) -> TrainResult:
+def _preempted(job: TrainJob, done: int) -> Preempted:
+    where = f"step {done} is saved in {job.directory}" if done else "no step is done yet"
+    return Preempted(f"SIGTERM: {where}")
+
+
+def _result(run: _Run, params: Params, done: int) -> TrainResult:
     run.trace.close()
     best = None
-    if watch is not None:
-        params, best = watch.chosen(params, run.job.model.abstract(_dtype(params)))
+    if run.watch is not None:
+        params, best = run.watch.chosen(params, run.job.model.abstract(_dtype(params)))
     return TrainResult(params, done, best, run.tokens, run.skipped)
 
 
-def _meta(job: TrainJob, run: _Run, watch: Watch | None) -> dict[str, Any]:
-    return {
-        "inputs": job.inputs,
-        "past": _Past(run.tokens, run.skipped, run.in_a_row)._asdict(),
-        "watch": None if watch is None else watch.state(),
-    }
-
-
 def _resume(
-    job: TrainJob, optimizer: Any, params: Params, watch: Watch | None
+    job: TrainJob, optimizer: Any, start: Callable[[], Params], watch: Watch | None
 ) -> tuple[TrainState, _Past]:
+    adapters = job.adapters
     if checkpoint.latest_step(job.directory) is None:
         if watch is not None:
             watch.restore(0, None)
-        return init_state(job.adapters or job.model, optimizer, params), _Past()
-    abstract = abstract_state(job.adapters or job.model, optimizer, _dtype(params))
+        first = adapters.init(job.seed) if adapters else start()
+        return init_state(adapters or job.model, optimizer, first), _Past()
+    abstract = abstract_state(adapters or job.model, optimizer)
     state, meta, step = checkpoint.restore(job.directory, None, abstract)
     if meta["inputs"] != job.inputs:
         raise DataError(

@@ -126,6 +126,16 @@ def test_one_changed_value_of_the_teacher_is_refused_or_marked(run, do, refused,
     assert f"**Teacher mismatch:** {note}." in (run / "export/opd/README.md").read_text()
 
 
+def test_the_guards_teacher_has_to_be_that_of_the_scores(run, refused, tmp_path):
+    other = changed_teacher(tmp_path / "other")
+    text = refused("train.opd", f"model.teacher={other}", "train.runs.opd.guard.teacher=true")
+    _, scored, where = teachers_of(run)
+    assert f"the teacher of the scores (recorded in {where})" in text or where in text
+    assert str(other) in text
+    assert scored["fingerprint"][:12] in text
+    assert "weights" in text
+
+
 def test_a_run_without_a_mismatch_bears_no_mark(run, do, capsys):
     assert do("train,export", force=False) == 0
     assert "WARNING" not in capsys.readouterr().out

@@ -123,6 +123,14 @@ def test_drift_begins_a_round_in_place_of_a_stop(run, capsys):
     assert train(run, *words) == 0
     assert [x["step"] for x in lineage_of(run)["rounds"]] == [2]
     assert "stopped after 4 of 6 steps" in capsys.readouterr().out
+    counts = json.loads((run / "stages" / "train.opd.json").read_text())["counts"]
+    assert lineage_of(run)["best_state_of_steps"] == counts["best_step"] <= 4
+
+
+def test_a_first_rollout_may_be_longer_than_those_of_rounds(run):
+    """Rows are as long as the longest of all rounds."""
+    assert train(run, EVERY, "rollout.max_new_tokens=8") == 0
+    assert [x["step"] for x in lineage_of(run)["rounds"]] == [2, 4]
 
 
 INSIDE = {

@@ -44,7 +44,7 @@ def train(folder, seen=None, profile=None, **changes):
 
     loop = PLAIN.model_copy(update=changes)
     job = TrainJob(model, Objective("sft"), loop, folder, "inputs", 3, profile)
-    return run_training(job, params, Source(lambda _start: next_batch), lambda *_: None)
+    return run_training(job, lambda: params, Source(lambda _start: next_batch), lambda *_: None)
 
 
 def assert_resumed_equals(straight, folder, **changes):

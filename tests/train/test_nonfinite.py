@@ -46,7 +46,7 @@ def train(folder, bad=(), log=None, **changes):
     model, params = tiny(make_mesh(MeshConfig(fsdp=1)), num_layers=1)
     loop = PLAIN.model_copy(update={"steps": 5, "save_every": 1, "optim": OPTIM, **changes})
     job = TrainJob(model, Objective("sampled"), loop, folder, "inputs", keep=9)
-    return run_training(job, params, source(bad), log or (lambda *_: None))
+    return run_training(job, lambda: params, source(bad), log or (lambda *_: None))
 
 
 def state_of(folder, step):

@@ -70,7 +70,7 @@ def watched(job, params, cut=None, seen=None):
 
     guard = Guard(GuardConfig(action="stop", final="best"))
     watch = Known(job.loop, report, job.directory.parent / "best", [dict], guard)
-    return run_training(job, params, source_until(cut), lambda *_: None, watch)
+    return run_training(job, lambda: params, source_until(cut), lambda *_: None, watch)
 
 
 def assert_same(straight, resumed):
@@ -160,14 +160,16 @@ def interrupted(job, params, at, stride=1):
             signal.raise_signal(signal.SIGTERM)
         return batch_of(step, 4)
 
-    return run_training(job, params, Source(lambda _start: next_batch, 1, stride), lambda *_: None)
+    source = Source(lambda _start: next_batch, 1, stride)
+    return run_training(job, lambda: params, source, lambda *_: None)
 
 
-@pytest.mark.parametrize(("stride", "saved"), [(1, 3), (2, 4)])
-def test_sigterm_saves_the_next_step_that_can_be_resumed(tmp_path, stride, saved):
+@pytest.mark.parametrize(("stride", "at", "saved"), [(1, 2, 2), (2, 2, 2), (2, 3, 4)])
+def test_sigterm_saves_the_next_step_that_can_be_resumed(tmp_path, stride, at, saved):
+    """The batch is given up only where the run can be resumed."""
     job, params = job_of(tmp_path, save_every=100)
     with pytest.raises(Preempted, match=f"SIGTERM: step {saved} is saved in {job.directory}"):
-        interrupted(job, params, 2, stride)
+        interrupted(job, params, at, stride)
     assert checkpoint.complete_steps(job.directory) == [saved]
 
 
@@ -183,6 +185,6 @@ def test_sigterm_in_the_last_evaluation_is_not_forgotten(tmp_path):
     guard = Guard(GuardConfig(action="stop"))
     watch = Late(job.loop, lambda *_: None, tmp_path / "best", [dict], guard)
     with pytest.raises(Preempted, match="step 5 is saved"):
-        run_training(job, params, source_until(), lambda *_: None, watch)
+        run_training(job, lambda: params, source_until(), lambda *_: None, watch)
     assert watch.stopped
     assert checkpoint.complete_steps(job.directory) == [5]

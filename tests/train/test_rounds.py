@@ -151,7 +151,7 @@ def test_the_state_is_saved_before_a_round_is_drawn(tmp_path, killed):
             return batch_of(step)
 
         job = TrainJob(model, Objective("sft"), loop, tmp_path / "state", "inputs")
-        run_training(job, params, Source(lambda _start: next_batch), lambda *_: None, watch)
+        run_training(job, lambda: params, Source(lambda _start: next_batch), lambda *_: None, watch)
         return watch
 
     if killed:
