@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from opd_jax.config import SamplingConfig
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.load import architecture_of
+from opd_jax.model.lora import Adapters
 from opd_jax.stages.context import RunContext
 
 RECORD_BYTES = 9.6  # per response token: ids and a log-prob, compressed
@@ -71,7 +72,13 @@ def _train_estimate(ctx: RunContext, name: str, student: int, teacher: int) -> E
     tokens = run.steps * run.batch_size * length
     fresh = run.algorithm == "opd" or run.refresh is not None
     live = 2 * (student + teacher) if fresh else 0
-    return Estimate(tokens, 12.0 * student, (6 * student + live) * tokens)
+    if run.lora is None:
+        return Estimate(tokens, 12.0 * student, (6 * student + live) * tokens)
+    adapters = Adapters(ctx.program("student"), run.lora).abstract()
+    added = sum(math.prod(x.shape) for x in jax.tree.leaves(adapters))
+    # The merged model is kept as a whole; frozen weights have no gradient.
+    stored = 4.0 * student + 12.0 * added
+    return Estimate(tokens, stored, (4 * student + 6 * added + live) * tokens)
 
 
 def parameter_count(arch: Architecture) -> int:
