@@ -23,7 +23,7 @@ _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplo
 STORE_TOOLS = ("inspect", "verify", "gc")
 NOT_WITH_STORE = (
     *("config", "stages", "force", "plan", "profile", "prompt", "chat", "checkpoint"),
-    *("coordinator", "processes", "rank"),
+    *("coordinator", "processes", "rank", "distributed"),
 )
 
 
@@ -88,6 +88,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--rank", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find them: TPU slice, Slurm step, Kubernetes JobSet, mpirun",
+    )
     group = parser.add_argument_group(
         "look after a store (a folder, gs://... or s3://...; no --config)"
     )
@@ -131,7 +136,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     from opd_jax.core import distributed
 
-    distributed.start(arguments.coordinator, arguments.processes, arguments.rank)
+    given = arguments.coordinator, arguments.processes, arguments.rank
+    distributed.start(*given, found=arguments.distributed)
     from opd_jax.core import preemption
     from opd_jax.stages import pipeline
 
@@ -188,8 +194,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     one = "--chat" if arguments.chat else "--prompt"
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ConfigError("--prompt is empty; give it a text")
-    for name in ("coordinator", "processes", "rank"):
-        if getattr(arguments, name) is not None:
+    for name in ("coordinator", "processes", "rank", "distributed"):
+        if getattr(arguments, name) not in (None, False):
             raise ConfigError(f"{one} runs in one process; leave out --{name}")
     for name in ("stages", "force", "share", "plan", *(("prompt",) if arguments.chat else ())):
         if getattr(arguments, name) not in (None, [], False):

@@ -165,12 +165,22 @@ def test_processes_are_joined_before_the_pipeline_runs(config_path, pipeline, mo
     [
         (["--coordinator", "host:1", "--rank", "0"], "belong together"),
         (["--coordinator", "host:1", "--processes", "2", "--rank", "2"], "--rank 2 is not below"),
+        (["--distributed", "--rank", "0"], "--distributed finds the processes itself"),
     ],
 )
 def test_half_given_processes_are_refused(config_path, pipeline, words, expected, capsys):
     assert main(["--config", config_path, *words]) == 2
     assert expected in capsys.readouterr().err
     assert pipeline.calls == []
+
+
+def test_processes_that_are_not_there_are_not_found(config_path):
+    command = [sys.executable, "-m", "opd_jax.main", "--config", config_path, "--distributed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]  # the CUDA plugin, where it is installed, has its own
+    assert line.startswith("opd_jax: error: --distributed: the environment tells of no other")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_misspelt_key_does_not_wait_for_jax(config_path):

@@ -11,13 +11,28 @@ from opd_jax.errors import ConfigError
 TEXT_BYTES = 256
 
 
-def start(coordinator: str | None, processes: int | None, rank: int | None) -> None:
+def start(
+    coordinator: str | None, processes: int | None, rank: int | None, *, found: bool = False
+) -> None:
     """Join the other processes, if there are any. Must come before any device is touched.
 
+    Args:
+        found: JAX finds them in the environment: those of a TPU slice, of a Slurm step (srun), of
+            a Kubernetes JobSet or of mpirun.
+
     Raises:
-        ConfigError: the three flags are not given together, or do not fit together.
+        ConfigError: the three flags are not given together, or do not fit together; or the
+            environment does not tell of other processes.
     """
     given = [value is not None for value in (coordinator, processes, rank)]
+    if found:
+        if any(given):
+            raise ConfigError(
+                "--distributed finds the processes itself; leave out --coordinator, --processes "
+                "and --rank, or it"
+            )
+        _join_found()
+        return
     if not any(given):
         return
     if not all(given) or processes is None or rank is None:
@@ -25,6 +40,30 @@ def start(coordinator: str | None, processes: int | None, rank: int | None) -> N
     if not 0 <= rank < processes:
         raise ConfigError(f"--rank {rank} is not below --processes {processes}")
     jax.distributed.initialize(coordinator, processes, rank)
+
+
+def _join_found() -> None:
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # of JAX, where no cluster that it knows is recognised
+        raise ConfigError(
+            "--distributed: the environment tells of no other processes (no TPU slice, Slurm step, "
+            "Kubernetes JobSet or mpirun); start it with one of these, or give --coordinator, "
+            "--processes and --rank"
+        ) from error
+
+
+def everyone(text: str) -> list[str]:
+    """A short text of each process, in the order of their ranks, on every process."""
+    if jax.process_count() == 1:
+        return [text]
+    gathered = np.asarray(multihost_utils.process_allgather(_padded(text)))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in gathered]
+
+
+def _padded(text: str) -> np.ndarray:
+    data = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
+    return np.pad(data, (0, TEXT_BYTES - len(data)))
 
 
 def barrier(name: str) -> None:
@@ -42,8 +81,5 @@ def from_first(text: str) -> str:
     """Process 0's value of a short text, on every process."""
     if jax.process_count() == 1:
         return text
-    padded = np.zeros(TEXT_BYTES, np.uint8)
-    data = np.frombuffer(text.encode(), np.uint8)
-    padded[: len(data)] = data
-    shared = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    shared = np.asarray(multihost_utils.broadcast_one_to_all(_padded(text)))
     return bytes(shared).rstrip(b"\0").decode()

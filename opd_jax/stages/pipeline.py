@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import socket
 import threading
 import time
 import uuid
@@ -15,7 +16,7 @@ import jax
 
 from opd_jax.config import Config
 from opd_jax.config_load import dump_config
-from opd_jax.core.distributed import barrier, is_first
+from opd_jax.core.distributed import barrier, everyone, is_first
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
@@ -264,6 +265,12 @@ def _shown(path: Path) -> str:
 
 
 def _devices() -> str:
+    """All devices; of several processes, which host each is on and how many it sees itself."""
     device, count = jax.devices()[0], jax.device_count()
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
-    return f"{count} {device.platform} device{'s' if count > 1 else ''}{kind}"
+    text = f"{count} {device.platform} device{'s' if count > 1 else ''}{kind}"
+    hosts = everyone(f"{socket.gethostname()}: {jax.local_device_count()}")
+    if len(hosts) == 1:
+        return text
+    lines = (f"\n  process {rank} on {host} of them" for rank, host in enumerate(hosts))
+    return f"{text} in {len(hosts)} processes" + "".join(lines)

@@ -112,3 +112,35 @@ def test_two_processes_equal_one(tmp_path):
         got = load_file(two / "export" / name / "model.safetensors")
         for tensor, value in want.items():
             np.testing.assert_allclose(got[tensor], value, atol=1e-5, err_msg=tensor)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_slurm_step_find_each_other(tmp_path):
+    job = 7 + free_port() % 4000  # JAX takes its port from the job's number
+    step = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "2",
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+    }
+    words = arguments(tmp_path / "run", "--stages", "answer", "--distributed")
+    command = [sys.executable, "-m", "opd_jax.main", *words]
+    pair = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=LIMIT_SECONDS)[0].decode() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "2 cpu devices in 2 processes" in outputs[0]
+    for rank in range(2):
+        assert f"process {rank} on {socket.gethostname()}: 1 of them" in outputs[0]
+    assert "processes" not in outputs[1]
+    assert len(samples(tmp_path / "run" / "answers")) == 24
