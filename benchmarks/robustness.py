@@ -135,7 +135,7 @@ def curve(seeds, objective, rate):
 
 def print_table(seeds, objectives, rates):
     print("accuracy % / reverse KL of fresh samples after 300 steps (best KL, at which step)")
-    print(f"{'':22}" + "".join(f"{'x' + format(rate, 'g'):26}" for rate in rates))
+    print(f"{'':26}" + "".join(f"{'x' + format(rate, 'g'):26}" for rate in rates))
     for name in objectives:
         cells = []
         for rate in rates:
@@ -147,7 +147,7 @@ def print_table(seeds, objectives, rates):
             step = min(points, key=lambda s: points[s][1])
             text = f"{100 * last[0]:.0f} / {last[1]:.3f} ({points[step][1]:.3f} at {step})"
             cells.append(f"{text:26}")
-        print(f"{SHOWN.get(name, name):22}" + "".join(cells))
+        print(f"{SHOWN.get(name, name):26}" + "".join(cells))
 
 
 def predictors(seeds):
@@ -166,13 +166,14 @@ def predictors(seeds):
     lines = {}
     for figure, sign in (
         ("heldout_w_std", 1),
-        ("heldout_log_w", -1),
+        ("heldout_token_log_w", -1),
         ("heldout_half_squared_advantage", 1),
         ("heldout_iw_reverse_kl", 1),
         ("heldout_effective_share", -1),
         ("fresh_accuracy", -1),
     ):
-        values = [(sign * e[figure], lost, e["fresh_reverse_kl"]) for e, lost in states]
+        have = [(e, lost) for e, lost in states if figure in e]
+        values = [(sign * e[figure], lost, e["fresh_reverse_kl"]) for e, lost in have]
         lines[figure] = {"rank": spearman([(v, kl) for v, _, kl in values]), **split(values, sign)}
     return lines
 
@@ -251,7 +252,7 @@ def print_rescued(seeds, objectives, rates):
         for rate in rates:
             runs = [found[run_name(name, rate)] for found in seeds.values()
                     if run_name(name, rate) in found]  # fmt: skip
-            if not runs or any("heldout_log_w" not in run[0] for run in runs):
+            if not runs or any("heldout_token_log_w" not in run[0] for run in runs):
                 continue
             ends = [median(run[step]["fresh_reverse_kl"] for run in runs) for step in (0, STEPS)]
             told = []

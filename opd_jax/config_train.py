@@ -101,16 +101,16 @@ class SFTConfig(LoopConfig):
 class GuardConfig(Frozen):
     """What a run watches at its evaluations, and what it does when the student leaves its rollouts.
 
-    The limits are about held-out rollouts; they come from few toy runs and are not calibrated yet.
+    The limits are about held-out rollouts; docs/method.md says where they come from.
     """
 
     action: Literal["off", "warn", "stop"] = "warn"
     """`stop` ends the run after `patience` evaluations with a warning, with its best state."""
     patience: int = Field(default=2, ge=1)
-    w_std: float = Field(default=0.35, gt=0)
+    w_std: float = Field(default=0.5, gt=0)
     """Largest standard deviation of w = pi_theta / pi_ref over tokens."""
-    log_w: float = Field(default=-1.5, lt=0)
-    """Least mean over responses of log W, the sum of their tokens' log w."""
+    token_log_w: float = Field(default=-0.05, lt=0)
+    """Least mean over responses of log W / tokens, W being the product of their tokens' w."""
     fresh: int = Field(default=32, ge=0)
     """Held-out prompts that the student answers anew at every evaluation; 0: none."""
     teacher: bool = False

@@ -21,9 +21,10 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
 
     Returns:
         per token: `half_squared_advantage`, `reverse_kl_estimate` (mean of log pi_theta - log pi_T,
-        unweighted), mean `w` and `w_std`. Per response: mean `log_w` (natural log of W),
-        `effective_share` ((sum W)^2 / (n sum W^2)), `chi2` (mean of W^2 / (mean W)^2 - 1), and
-        `iw_reverse_kl`, the self-normalised weighted mean, nats per token:
+        unweighted), mean `w` and `w_std`. Per response: mean `log_w` (natural log of W), mean
+        `token_log_w` (the same divided by the response's tokens), `effective_share`
+        ((sum W)^2 / (n sum W^2)), `chi2` (mean of W^2 / (mean W)^2 - 1), and `iw_reverse_kl`, the
+        self-normalised weighted mean, nats per token:
         sum W (log pi_theta - log pi_T) / sum W tokens, with its linearised standard error
         `iw_reverse_kl_stderr` (NaN for one response).
 
@@ -49,6 +50,7 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
         "w": float(np.mean(w)),
         "w_std": float(np.std(w)),
         "log_w": float(np.mean(log_w_r)),
+        "token_log_w": float(np.mean(log_w_r / tokens_r)),
         "effective_share": float(share),
         "chi2": float(1.0 / share - 1.0),
         "iw_reverse_kl": float(kl),

@@ -21,7 +21,7 @@ TITLES = {
     "topk_kl": ("Top-k KL", "student to teacher on the teacher's stored tokens, nats per token"),
     "heldout_half_squared_advantage": ("Held-out ½A²", "on held-out rollouts, nats² per token"),
     "heldout_w_std": ("Held-out w", "standard deviation over tokens of held-out rollouts"),
-    "heldout_log_w": ("Held-out log W", "mean over held-out responses of the sum of log w"),
+    "heldout_token_log_w": ("Held-out log W", "per token, mean over held-out responses"),
     "heldout_iw_reverse_kl": ("Weighted reverse KL", "held-out rollouts weighted by W, per token"),
     "fresh_reverse_kl": ("Fresh reverse KL", "fresh samples scored by the teacher, per token"),
     "fresh_accuracy": ("Fresh accuracy", "fresh samples of held-out prompts"),

@@ -112,7 +112,7 @@ SHOWN = {
     "heldout_gap": "over the teacher's own {:+.4f}",
     "heldout_half_squared_advantage": "held-out A^2/2 {:.4f}",
     "heldout_w_std": "w std {:.3f}",
-    "heldout_log_w": "log W {:.2f}",
+    "heldout_token_log_w": "log W per token {:.3f}",
     "heldout_iw_reverse_kl": "weighted reverse KL {:.4f}",
     "fresh_accuracy": "fresh accuracy {:.1%}",
     "fresh_reverse_kl": "fresh reverse KL {:.4f}",

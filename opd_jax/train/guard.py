@@ -1,7 +1,8 @@
 """Is the student still near its rollouts: what an evaluation says, what is best, when to stop.
 
-The limits are not calibrated yet: `benchmarks/robustness.py`, which compares runs that get better
-with runs that get lost, has still to be run to its end.
+Without fresh samples nothing tells a better state from a worse one: on the rollouts themselves the
+advantage and the weighted reverse KL fall while the student is lost (docs/method.md). What is known
+then is whether it still is where its rollouts tell about it; there, more steps are better.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from opd_jax.config_train import GuardConfig, LoopConfig, SFTConfig
 
 Figures = dict[str, float]
 
-JUDGES = (("fresh_reverse_kl", -1), ("fresh_accuracy", 1), ("heldout_iw_reverse_kl", -1))
+JUDGES = (("fresh_reverse_kl", -1), ("fresh_accuracy", 1))
 """What tells which of two states is better, the most trusted first; 1: the larger one is."""
+LIMITED = (
+    ("heldout_w_std", "w_std", 1, "standard deviation of w on held-out rollouts"),
+    ("heldout_token_log_w", "token_log_w", -1, "mean log W per token of held-out rollouts"),
+)
+"""Figures of drift with their limits in the config; 1: larger ones are beyond it."""
 REMEDY = "lower optim.learning_rate, train fewer steps, or sample anew with refresh.every"
 
 
@@ -46,7 +52,7 @@ class Guard:
         """Judge the figures after `steps` steps."""
         if not self.first:
             self.first = finite(figures)
-        better = _better(figures, None if self.best is None else self.best[0])
+        better = self._better(figures)
         if better:
             self.best = finite(figures), steps
         warnings = self._warnings(figures)
@@ -57,17 +63,37 @@ class Guard:
     def _warnings(self, figures: Figures) -> list[str]:
         if self.config.action == "off":
             return []
-        limits = (
-            ("heldout_w_std", self.config.w_std, 1, "standard deviation of w on held-out rollouts"),
-            ("heldout_log_w", self.config.log_w, -1, "mean log W of held-out rollouts"),
-        )
-        found = [
-            f"{what} is {figures[name]:.2f}, beyond {limit:g}: the student samples them no more; "
+        return self._beyond(figures) + self._worse_than_at_first(figures)
+
+    def _beyond(self, figures: Figures) -> list[str]:
+        """A line for each limit that is crossed."""
+        return [
+            f"{what} is {figures[name]:.3f}, beyond {limit:g}: the student samples them no more; "
             f"{REMEDY}"
-            for name, limit, sign, what in limits
-            if name in figures and sign * (figures[name] - limit) > 0
+            for name, key, sign, what in LIMITED
+            if name in figures and sign * (figures[name] - (limit := getattr(self.config, key))) > 0
         ]
-        return found + self._worse_than_at_first(figures)
+
+    def _better(self, figures: Figures) -> bool:
+        """By the first judge that both have and that tells them apart, else by the limits.
+
+        A state with a figure that is not finite is never the best. Two evaluations have the same
+        draws, so that reverse KLs are compared as they are; an accuracy has to differ by a standard
+        error. Of two states that no judge tells apart the later is better, if within the limits.
+        """
+        names = [name for name, *_ in (*JUDGES, *LIMITED) if name in figures]
+        if not names or not all(math.isfinite(figures[name]) for name in names):
+            return False
+        if self.best is None:
+            return True
+        best = self.best[0]
+        for name, sign in JUDGES:
+            if name in figures and name in best:
+                change = sign * (figures[name] - best[name])
+                margin = _noise(name, figures, best) / 2 if name == "fresh_accuracy" else 0.0
+                if abs(change) > margin:
+                    return change > 0
+        return not self._beyond(figures)
 
     def _worse_than_at_first(self, figures: Figures) -> list[str]:
         found = []
@@ -106,26 +132,6 @@ class Guard:
 def finite(figures: Figures) -> Figures:
     """The figures that JSON can hold."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
-
-
-def _better(figures: Figures, best: Figures | None) -> bool:
-    """By the first judge that both have and that tells them apart; the later of two equal ones.
-
-    A state with a figure that is not finite is never the best. Two evaluations have the same draws,
-    so that reverse KLs are compared as they are; an accuracy has to differ by a standard error.
-    """
-    known = [(name, sign) for name, sign in JUDGES if name in figures]
-    if not known or not all(math.isfinite(figures[name]) for name, _ in known):
-        return False
-    if best is None:
-        return True
-    for name, sign in known:
-        if name in best:
-            change = sign * (figures[name] - best[name])
-            margin = _noise(name, figures, best) / 2 if name == "fresh_accuracy" else 0.0
-            if abs(change) > margin:
-                return change > 0
-    return True
 
 
 def _noise(name: str, *figures: Figures) -> float:

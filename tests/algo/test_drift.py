@@ -36,6 +36,7 @@ def loops(student, teacher, sampler, tau):
         "w": sum(ws) / len(ws),
         "w_std": (sum(w * w for w in ws) / len(ws) - (sum(ws) / len(ws)) ** 2) ** 0.5,
         "log_w": sum(logs) / len(logs),
+        "token_log_w": sum(x / n for x, n in zip(logs, lengths, strict=True)) / len(logs),
         "effective_share": sum(weights) ** 2 / len(weights) / sum(w * w for w in weights),
         "chi2": sum(w * w for w in weights) / len(weights) / mean**2 - 1,
         "iw_reverse_kl": kl,
