@@ -1,0 +1,157 @@
+"""All programs of a config on a target: compiled, judged, and what would make them fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+from opd_jax.config import Config
+from opd_jax.errors import ConfigError
+from opd_jax.fit.changes import changes
+from opd_jax.fit.compiling import compile_draft
+from opd_jax.fit.draft import Draft, device_bytes
+from opd_jax.fit.hardware import RESERVE
+from opd_jax.fit.results import Bytes, FitReport, ProgramReport, Try
+from opd_jax.fit.roofline import COMPUTE, LINKS, MEMORY
+from opd_jax.fit.sampling import sampling_drafts
+from opd_jax.fit.scoring import scoring_draft
+from opd_jax.fit.setup import Setup, open_setup
+from opd_jax.fit.training import has_teacher, training_draft
+
+Say = Callable[[str], None]
+MOST_TRIES = 3
+"""Compilations to find what would make one program fit."""
+
+
+def stages_of(config: Config, wanted: Sequence[str] | None) -> list[str]:
+    """The stages to compile: all that run a model, or those named; `train` is every run.
+
+    Raises:
+        ConfigError: a name is none of them.
+    """
+    runs = [f"train.{name}" for name in config.train.enabled]
+    known = ["answer", "sft", "rollout", "score", *runs]
+    if wanted is None:
+        return known
+    for name in wanted:
+        if name not in (*known, "train"):
+            raise ConfigError(
+                f"--stages: '{name}' has no program to compile; choose from {', '.join(known)}"
+            )
+    return [x for x in known if x in wanted or (x in runs and "train" in wanted)]
+
+
+def drafts_of(setup: Setup, stage: str) -> list[Draft]:
+    """The programs of a stage."""
+    if stage in ("answer", "rollout"):
+        return sampling_drafts(setup, "answer" if stage == "answer" else "rollout")
+    return [scoring_draft(setup) if stage == "score" else training_draft(setup, stage)]
+
+
+def assess(config: Config, target: str, stages: Sequence[str] | None, say: Say) -> FitReport:
+    """Compile a config's programs for a target.
+
+    Args:
+        stages: as `stages_of` takes them.
+        say: told of every program before it is compiled.
+
+    Raises:
+        OPDError: the target, the config or a model is wrong.
+    """
+    setup = open_setup(config, target)
+    programs: list[ProgramReport] = []
+    for stage in stages_of(config, stages):
+        for draft in drafts_of(setup, stage):
+            say(f"compiling {draft.name}: {draft.what}")
+            programs.append(compile_draft(setup, draft))
+    programs += _within_training(setup, programs)
+    failing = [program for program in programs if not program.fits and " in " not in program.name]
+    tries = [tried for program in failing for tried in _tries(setup, program.name, say)]
+    return FitReport(
+        target=target,
+        kind=setup.target.device.kind,
+        devices=setup.mesh.size,
+        mesh={name: int(size) for name, size in setup.mesh.shape.items()},
+        memory_bytes=setup.target.device.memory,
+        programs=programs,
+        hours=_hours(setup, programs),
+        tries=tries,
+        assumed=_assumed(setup),
+    )
+
+
+def _within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator[ProgramReport]:
+    """Sampling and scoring while a run trains: the same programs with more beside them."""
+    by_name = {program.name: program for program in programs}
+    for name in setup.config.train.enabled:
+        run = setup.config.train.runs[name]
+        step = by_name.get(f"train.{name}")
+        if step is None or (run.algorithm != "opd" and run.refresh is None):
+            continue
+        held = {"training state": sum(step.parts.get(x, 0) for x in ("parameters", "moments"))}
+        held["starting parameters"] = step.beside.get("starting parameters", 0)
+        teacher = device_bytes(setup.model("teacher").abstract(setup.store_dtype))
+        drawn = run.batch_size * run.steps
+        if run.algorithm != "opd" and run.refresh is not None:
+            every = run.refresh.every or run.steps
+            drawn = run.batch_size * max(run.steps - every, 0)
+        for inner in ("rollout.prefill", "rollout.decode", "score"):
+            found = by_name.get(inner)
+            if found is None:
+                continue
+            more: Bytes = dict(held)
+            if inner != "score" and has_teacher(run):
+                more["teacher"] = teacher
+            share = drawn / max(_records(setup), 1)
+            beside = {**found.beside, **more}
+            yield dataclasses.replace(
+                found,
+                name=f"{inner} in train.{name}",
+                stage=f"train.{name}",
+                runs=found.runs * share,
+                beside=beside,
+                compile_seconds=0.0,
+            )
+
+
+def _records(setup: Setup) -> int:
+    return setup.prompts("opd") * setup.config.rollout.samples_per_prompt
+
+
+def _tries(setup: Setup, name: str, say: Say) -> Iterator[Try]:
+    """Changes for one program, until it fits."""
+    tried = changes(setup.config, name, setup.ways, setup.target.count)
+    for words, config in list(tried)[:MOST_TRIES]:
+        say(f"{name} does not fit; compiling it with {words}")
+        other = open_setup(config, setup.target.name)
+        stage = name if name == "sft" or name.startswith("train.") else name.partition(".")[0]
+        draft = next(draft for draft in drafts_of(other, stage) if draft.name == name)
+        found = compile_draft(other, draft)
+        yield Try(name, words, found.fits, found.needed_bytes, found.compile_seconds)
+        if found.fits:
+            return
+
+
+def _hours(setup: Setup, programs: Sequence[ProgramReport]) -> dict[str, float]:
+    """Device-hours of every stage whose programs all have a time."""
+    hours: dict[str, float] = defaultdict(float)
+    for program in programs:
+        if program.time is None:
+            hours[program.stage] = float("nan")
+        else:
+            hours[program.stage] += program.runs * program.time.seconds * setup.mesh.size / 3600
+    return {stage: value for stage, value in hours.items() if value == value}
+
+
+def _assumed(setup: Setup) -> list[str]:
+    config = setup.config
+    return [
+        f"{RESERVE:.0%} of a device's memory stays free for the runtime, communication buffers "
+        "and fragmentation",
+        f"seconds: the longest of compute at {COMPUTE:.0%} of peak, memory at {MEMORY:.0%} and "
+        f"links at {LINKS:.0%} of their bandwidth; nothing was measured",
+        f"prompts of {config.prompts.max_prompt_tokens:,} tokens and responses of full length; "
+        f"{setup.prompts('sft'):,} prompts for SFT and {setup.prompts('opd'):,} for OPD",
+        "evaluation, checkpoints, compilation and waiting for data are left out of the hours",
+    ]
