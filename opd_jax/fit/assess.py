@@ -49,25 +49,30 @@ def drafts_of(setup: Setup, stage: str) -> list[Draft]:
     return [scoring_draft(setup) if stage == "score" else training_draft(setup, stage)]
 
 
-def assess(config: Config, target: str, stages: Sequence[str] | None, say: Say) -> FitReport:
+def assess(
+    config: Config, target: str, stages: Sequence[str] | None, say: Say, *, quick: bool = False
+) -> FitReport:
     """Compile a config's programs for a target.
 
     Args:
         stages: as `stages_of` takes them.
         say: told of every program before it is compiled.
+        quick: stop at the first program that does not fit, and try no changes.
 
     Raises:
         OPDError: the target, the config or a model is wrong.
     """
-    setup = open_setup(config, target)
+    setup, chosen = open_setup(config, target), stages_of(config, stages)
     programs: list[ProgramReport] = []
-    for stage in stages_of(config, stages):
-        for draft in drafts_of(setup, stage):
-            say(f"compiling {draft.name}: {draft.what}")
-            programs.append(compile_draft(setup, draft))
+    if quick:  # what needs most memory comes first
+        chosen.sort(key=lambda stage: not stage.startswith("train."))
+    for draft in (draft for stage in chosen for draft in drafts_of(setup, stage)):
+        say(f"compiling {draft.name}: {draft.what}")
+        programs.append(compile_draft(setup, draft))
+        if quick and not programs[-1].fits:
+            break
+    failing = [program.name for program in programs if not program.fits and not quick]
     programs += _within_training(setup, programs)
-    failing = [program for program in programs if not program.fits and " in " not in program.name]
-    tries = [tried for program in failing for tried in _tries(setup, program.name, say)]
     return FitReport(
         target=target,
         kind=setup.target.device.kind,
@@ -76,7 +81,7 @@ def assess(config: Config, target: str, stages: Sequence[str] | None, say: Say) 
         memory_bytes=setup.target.device.memory,
         programs=programs,
         hours=_hours(setup, programs),
-        tries=tries,
+        tries=[tried for name in failing for tried in _tries(setup, name, say)],
         assumed=_assumed(setup),
     )
 
@@ -134,14 +139,13 @@ def _tries(setup: Setup, name: str, say: Say) -> Iterator[Try]:
 
 
 def _hours(setup: Setup, programs: Sequence[ProgramReport]) -> dict[str, float]:
-    """Device-hours of every stage whose programs all have a time."""
+    """Device-hours of every stage all of whose programs have a time."""
     hours: dict[str, float] = defaultdict(float)
     for program in programs:
-        if program.time is None:
-            hours[program.stage] = float("nan")
-        else:
-            hours[program.stage] += program.runs * program.time.seconds * setup.mesh.size / 3600
-    return {stage: value for stage, value in hours.items() if value == value}
+        seconds = program.time.seconds if program.time else 0.0
+        hours[program.stage] += program.runs * seconds * setup.mesh.size / 3600
+    unknown = {program.stage for program in programs if program.time is None}
+    return {stage: value for stage, value in hours.items() if stage not in unknown}
 
 
 def _assumed(setup: Setup) -> list[str]:

@@ -45,9 +45,7 @@ def _with(config: Config, tree: dict[str, Any]) -> Config:
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     found = dict(old)
     for key, value in new.items():
-        inner = found.get(key)
-        both = isinstance(value, dict) and isinstance(inner, dict)
-        found[key] = _merged(inner, value) if both else value
+        found[key] = _merged(found.get(key) or {}, value) if isinstance(value, dict) else value
     return found
 
 

@@ -109,8 +109,7 @@ def group_of(instruction: Instruction, mesh: Mapping[str, int]) -> list[int]:
     text = instruction.attributes
     everyone = list(range(int(np.prod(list(mesh.values())))))
     if found := _PAIRS.search(text):
-        pairs = dict(_numbers(group) for group in _GROUP.findall(found[1]))
-        return _reached(pairs)
+        return _reached({a: b for a, b in map(_numbers, _GROUP.findall(found[1]))})
     if found := _MESH.search(text):
         return _along_mesh(found, len(everyone))
     if found := _IOTA.search(text):

@@ -1,8 +1,9 @@
-"""`--fit TARGET`: compile a config's programs in a process of its own, print and keep the result."""
+"""`--fit TARGET`: compile a config's programs in another process; print and keep the result."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.config import Config
-from opd_jax.core.progress import say
 from opd_jax.errors import ConfigError, OPDError
 from opd_jax.fit.results import FitReport
-from opd_jax.fit.show import print_report
-from opd_jax.fit.targets import AUTO, parse_target
+from opd_jax.fit.show import print_report, tell
+from opd_jax.fit.targets import candidates, parse_target
 from opd_jax.fit.topology import environment
 from opd_jax.fit.worker import ANSWER, MARK, REQUEST
 
@@ -23,31 +23,55 @@ FILE = "fit.json"
 
 
 def run(config: Config, target: str, stages: Sequence[str] | None) -> int:
-    """Judge a config on a target, or on each of `auto` until it fits; 0 if it fits, 3 if not.
+    """Judge a config on a target, or on the targets of `auto` until it fits; 0: fits, 3: does not.
 
     Raises:
         OPDError: the target, the config or a model is wrong, or a compiler crashed.
     """
-    targets = AUTO if target.strip() == "auto" else (target,)
-    for name in targets:
-        parse_target(name)
-    report = None
-    for name in targets:
-        report = judge(config, name, stages)
-        if report is not None:
-            print_report(report)
-            _keep(config, report)
-            if report.fits:
-                return 0
-    if report is None:
-        raise ConfigError(f"fit: the config's mesh and batches suit none of {', '.join(targets)}")
-    return 3
+    if not re.match(r"\s*auto\b", target):
+        return _show(config, judge(config, parse_target(target).name, stages))
+    refused: ConfigError | None = None
+    code = None
+    for name in candidates(target):
+        try:
+            report = judge(config, name, stages, quick=True)
+        except ConfigError as error:  # its mesh or its batches are for other numbers of devices
+            tell(f"{name}: {error}")
+            refused = error
+            continue
+        if (code := _show(config, report)) == 0:
+            break
+    if code is None:
+        assert refused is not None
+        raise refused
+    return code
 
 
-def judge(config: Config, target: str, stages: Sequence[str] | None) -> FitReport:
-    """What the compilers make of a config's programs."""
+def _show(config: Config, report: FitReport) -> int:
+    print_report(report)
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    tell(f"written to {path}")
+    return 0 if report.fits else 3
+
+
+def judge(
+    config: Config, target: str, stages: Sequence[str] | None, *, quick: bool = False
+) -> FitReport:
+    """What the compilers make of a config's programs.
+
+    Args:
+        quick: stop at the first program that does not fit.
+    """
+    request = {
+        "config": config.model_dump(mode="json"),
+        "target": target,
+        "stages": stages,
+        "quick": quick,
+    }
     with tempfile.TemporaryDirectory(prefix="opd_jax-fit-") as folder:
-        request = {"config": config.model_dump(mode="json"), "target": target, "stages": stages}
         Path(folder, REQUEST).write_text(json.dumps(request), encoding="utf-8")
         answer = _answer(folder, target)
     if "error" in answer:
@@ -66,7 +90,7 @@ def _answer(folder: str, target: str) -> dict[str, Any]:
             assert worker.stdout is not None
             for line in worker.stdout:
                 if line.startswith(MARK):
-                    say(f"{target}: {line.removeprefix(MARK).rstrip()}")
+                    tell(f"{target}: {line.removeprefix(MARK).rstrip()}")
             code = worker.wait()
         finally:
             worker.kill()
@@ -77,11 +101,3 @@ def _answer(folder: str, target: str) -> dict[str, Any]:
         last = told[-1][:400] if told else "it said nothing"
         raise OPDError(f"fit: compiling for '{target}' ended with code {code}: {last}")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _keep(config: Config, report: FitReport) -> None:
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
-    path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-    say(f"written to {path}")

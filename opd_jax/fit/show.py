@@ -14,6 +14,11 @@ WIDEST = 150
 PARTS_SHOWN, COLLECTIVES_SHOWN = 3, 4
 
 
+def tell(text: str) -> None:
+    """A line about what is being done (`core.progress.say` would start a JAX backend)."""
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)
+
+
 def print_report(report: FitReport, console: Console | None = None) -> None:
     """Print everything: memory, work and time, what is sent, hours, and what would fit."""
     console = console or Console(highlight=False)
@@ -115,9 +120,8 @@ def _work(report: FitReport) -> Table:
 
 
 def _sent(report: FitReport) -> Table:
-    table = _table(
-        "sent by a device in a run", "program", "collective", "axes", "times", "bytes", left=3
-    )
+    columns = ("program", "collective", "axes", "times", "bytes")
+    table = _table("sent by a device in a run", *columns, left=3)
     for program in report.programs:
         for number, found in enumerate(program.collectives[:COLLECTIVES_SHOWN]):
             table.add_row(

@@ -28,8 +28,8 @@ SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
 """Chips of a slice to its shape."""
 MOST_CHIPS = {"v4": 4096, "v5p": 8960, "v5e": 256, "v6e": 256}
 MOST_CARDS = 4096
-AUTO = ("v5e-4", "v5e-8", "v5e-16", "v5e-32", "v5e-64", "v5e-128", "v5e-256")
-"""What `--fit auto` tries, smallest first."""
+MOST_AUTO = 256
+"""Devices of the largest target that `auto` tries."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,22 @@ def parse_target(text: str) -> Target:
     raise ConfigError(
         f"fit: unknown target '{text}'; name a TPU slice or a number of cards, such as {EXAMPLES}"
     )
+
+
+def candidates(text: str) -> list[str]:
+    """Targets of `auto` (TPU v5e) or `auto:h100`, the smallest first.
+
+    Raises:
+        ConfigError: there is no such chip or card.
+    """
+    name = text.strip().lower().removeprefix("auto").removeprefix(":") or "v5e"
+    if name in CARDS:
+        return [f"{name}:{count}" for count in (1, 2, 4, 8)]
+    if name not in TPUS:
+        raise ConfigError(
+            f"fit: target '{text}'; after 'auto:' comes one of {', '.join([*TPUS, *CARDS])}"
+        )
+    return [f"{name}:{shape}" for chips, shape in SHAPES[name].items() if chips <= MOST_AUTO]
 
 
 def _slice(text: str, generation: str, size: str, *, shaped: bool) -> Target:

@@ -28,7 +28,9 @@ def main(folder: str) -> None:
     answer: dict[str, Any]
     try:
         config = Config.model_validate_json(json.dumps(request["config"]))
-        answer = assess(config, request["target"], request["stages"], _say).to_json()
+        answer = assess(
+            config, request["target"], request["stages"], _say, quick=request["quick"]
+        ).to_json()
     except OPDError as error:
         answer = {"error": str(error)}
     Path(folder, ANSWER).write_text(json.dumps(answer), encoding="utf-8")
