@@ -129,7 +129,11 @@ def _tries(setup: Setup, name: str, say: Say) -> Iterator[Try]:
     tried = changes(setup.config, name, setup.ways, setup.target.count)
     for words, config in list(tried)[:MOST_TRIES]:
         say(f"{name} does not fit; compiling it with {words}")
-        other = open_setup(config, setup.target.name)
+        try:
+            other = open_setup(config, setup.target.name)
+        except ConfigError as error:
+            say(f"that is no config: {error}")
+            continue
         stage = name if name == "sft" or name.startswith("train.") else name.partition(".")[0]
         draft = next(draft for draft in drafts_of(other, stage) if draft.name == name)
         found = compile_draft(other, draft)

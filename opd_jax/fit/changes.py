@@ -23,12 +23,11 @@ def changes(config: Config, name: str, ways: int, devices: int) -> Iterator[tupl
         ways: into how many parts the mesh cuts rows.
     """
     said: list[str] = []
-    kind = name.partition(".")[0]
-    steps = [_remat(config), _micro(config, name, ways)] if kind in ("sft", "train") else []
-    steps = steps or [_quarter(config, name)]
-    for step in [*steps, _fsdp(config, name, devices)]:
-        if step is not None:
-            words, tree = step
+    trains = name.partition(".")[0] in ("sft", "train")
+    for step in (_remat, _micro, _fsdp) if trains else (_quarter, _fsdp):
+        found = step(config, name, ways, devices)
+        if found is not None:
+            words, tree = found
             said.append(words)
             config = _with(config, tree)
             yield ", ".join(said), config
@@ -49,14 +48,16 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _remat(config: Config) -> Step | None:
+def _remat(config: Config, name: str, ways: int, devices: int) -> Step | None:
+    del name, ways, devices
     if config.model.remat in ("full", "offload"):
         return None
     return "model.remat=full", {"model": {"remat": "full"}}
 
 
-def _micro(config: Config, name: str, ways: int) -> Step | None:
+def _micro(config: Config, name: str, ways: int, devices: int) -> Step | None:
     """As few rows as there are parts of a batch."""
+    del devices
     loop = config.sft if name == "sft" else config.train.runs[_run(name)]
     rows = loop.micro_batch_size or loop.batch_size
     if rows <= ways or loop.batch_size % ways:
@@ -64,7 +65,8 @@ def _micro(config: Config, name: str, ways: int) -> Step | None:
     return f"{_key(name)}.micro_batch_size={ways}", _at(name, {"micro_batch_size": ways})
 
 
-def _fsdp(config: Config, name: str, devices: int) -> Step | None:
+def _fsdp(config: Config, name: str, ways: int, devices: int) -> Step | None:
+    del ways
     now = {axis: getattr(config.mesh, axis) for axis in ALL_FSDP}
     if now in (ALL_FSDP, {**ALL_FSDP, "fsdp": devices}):
         return None
@@ -79,7 +81,8 @@ def _fsdp(config: Config, name: str, devices: int) -> Step | None:
     return words, tree
 
 
-def _quarter(config: Config, name: str) -> Step:
+def _quarter(config: Config, name: str, ways: int, devices: int) -> Step:
+    del ways, devices
     if name == "score":
         tokens = max(config.score.batch_tokens // 4, 1)
         return f"score.batch_tokens={tokens}", {"score": {"batch_tokens": tokens}}

@@ -109,7 +109,8 @@ def group_of(instruction: Instruction, mesh: Mapping[str, int]) -> list[int]:
     text = instruction.attributes
     everyone = list(range(int(np.prod(list(mesh.values())))))
     if found := _PAIRS.search(text):
-        return _reached({a: b for a, b in map(_numbers, _GROUP.findall(found[1]))})
+        pairs = [_numbers(pair) for pair in _GROUP.findall(found[1])]
+        return _reached({pair[0]: pair[1] for pair in pairs})
     if found := _MESH.search(text):
         return _along_mesh(found, len(everyone))
     if found := _IOTA.search(text):

@@ -6,9 +6,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from opd_jax.fit.collectives import Collective
-from opd_jax.fit.roofline import StepTime
 
 Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds that each resource is needed for."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole program."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def bound(self) -> str:
+        """The resource that decides."""
+        parts = {"compute": self.compute, "memory": self.memory, "links": self.links}
+        return max(parts, key=lambda name: parts[name])
 
 
 @dataclass(frozen=True)

@@ -13,34 +13,14 @@ what good programs reach; they are assumptions, not measurements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from opd_jax.core.peak import peak_flops
 from opd_jax.fit.collectives import Collective
 from opd_jax.fit.hardware import Device
+from opd_jax.fit.results import StepTime
 
 COMPUTE, MEMORY, LINKS = 0.6, 0.8, 0.8
 """Shares of peak FLOP/s, memory bandwidth and link bandwidth that programs are taken to reach."""
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds that each resource is needed for."""
-
-    compute: float
-    memory: float
-    links: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole program."""
-        return max(self.compute, self.memory, self.links)
-
-    @property
-    def bound(self) -> str:
-        """The resource that decides."""
-        parts = {"compute": self.compute, "memory": self.memory, "links": self.links}
-        return max(parts, key=lambda name: parts[name])
 
 
 def step_time(device: Device, flops: float, traffic: float, sent: Sequence[Collective]) -> StepTime:

@@ -161,7 +161,7 @@ def _decode(sampler: Sampler) -> Draft:
     pages = sampler.plan.program.pages
     return Draft(
         name=f"{sampler.stage}.decode",
-        what=f"{slots:,} slots, {pages.tokens:,} tokens of cache; a step",
+        what=f"{slots:,} slots, {pages.tokens:,} cached tokens; a step",
         stage=sampler.stage,
         runs=sampler.samples * new / slots,
         tokens=slots,

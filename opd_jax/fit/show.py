@@ -9,7 +9,7 @@ from rich.table import Table
 from opd_jax.fit.hardware import GIB
 from opd_jax.fit.results import Bytes, FitReport, ProgramReport
 
-WIDEST = 150
+WIDEST = 165
 """Columns that a table may take although the terminal is narrower: a cut figure is worse."""
 PARTS_SHOWN, COLLECTIVES_SHOWN = 3, 4
 
@@ -74,18 +74,18 @@ def _table(title: str, *columns: str, left: int = 2) -> Table:
 
 
 def _memory(report: FitReport) -> Table:
-    columns = ("program", "shapes", "largest parts", "fits", "alone", "needed", "free", "compiled")
-    table = _table("memory of a device", *columns, left=4)
+    columns = ("program", "fits", "alone", "needed", "free", "compiled in", "largest parts")
+    table = _table("memory of a device", *columns, left=2)
+    table.columns[-1].justify = "left"
     for program in report.programs:
         table.add_row(
             program.name,
-            program.what,
-            _largest(program),
             "[green]yes[/]" if program.fits else "[red]no[/]",
             size(program.peak_bytes),
             size(program.needed_bytes),
             size(program.free_bytes),
             f"{program.compile_seconds:,.0f} s" if program.compile_seconds else "",
+            _largest(program),
         )
     return table
 
@@ -99,15 +99,16 @@ def _largest(program: ProgramReport) -> str:
 
 
 def _work(report: FitReport) -> Table:
-    columns = ("program", "bound by", "TFLOP", "/ model", "HBM", "sent")
-    table = _table("a run of each program", *columns, "time", "tokens/s", "MFU", left=2)
+    columns = ("program", "shapes", "TFLOP", "/ model", "HBM", "sent", "time", "tokens/s", "MFU")
+    table = _table("a run of each program", *columns, "bound by", left=2)
     for program in report.programs:
         if program.time is None:
+            table.add_row(program.name, program.what)
             continue
         ratio = program.flops / program.model_flops if program.model_flops else 0.0
         table.add_row(
             program.name,
-            program.time.bound,
+            program.what,
             f"{program.flops / 1e12:,.4g}",
             f"{ratio:.2f}",
             size(program.traffic_bytes),
@@ -115,6 +116,7 @@ def _work(report: FitReport) -> Table:
             duration(program.time.seconds),
             f"{program.tokens_per_second or 0:,.0f}",
             f"{program.mfu:.1%}" if program.mfu is not None else "",
+            program.time.bound,
         )
     return table
 

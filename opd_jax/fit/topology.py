@@ -11,9 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-from jax.experimental import topologies
-
 from opd_jax.errors import ConfigError
 from opd_jax.fit.hardware import CARDS, card_text
 from opd_jax.fit.targets import parse_target
@@ -44,6 +41,9 @@ def devices_of(target: str) -> Sequence[Any]:
     Raises:
         ConfigError: an unknown target, or a package of the extra `fit` is not installed.
     """
+    import jax  # here: who only wants `environment` is spared what plugins print
+    from jax.experimental import topologies
+
     found = parse_target(target)
     if found.platform == "gpu":
         _require("jax_plugins.xla_cuda12", target)  # registers itself when imported
