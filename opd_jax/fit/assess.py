@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from opd_jax.config import Config
 from opd_jax.errors import ConfigError
-from opd_jax.fit.changes import changes
+from opd_jax.fit.changes import Case, changed, room_share, steps_of
 from opd_jax.fit.compiling import compile_draft
 from opd_jax.fit.draft import Draft, device_bytes
 from opd_jax.fit.hardware import RESERVE
@@ -20,8 +20,6 @@ from opd_jax.fit.setup import Setup, open_setup
 from opd_jax.fit.training import has_teacher, training_draft
 
 Say = Callable[[str], None]
-MOST_TRIES = 3
-"""Compilations to find what would make one program fit."""
 
 
 def stages_of(config: Config, wanted: Sequence[str] | None) -> list[str]:
@@ -71,7 +69,7 @@ def assess(
         programs.append(compile_draft(setup, draft))
         if quick and not programs[-1].fits:
             break
-    failing = [program.name for program in programs if not program.fits and not quick]
+    failing = [program for program in programs if not program.fits and not quick]
     programs += _within_training(setup, programs)
     return FitReport(
         target=target,
@@ -81,7 +79,7 @@ def assess(
         memory_bytes=setup.target.device.memory,
         programs=programs,
         hours=_hours(setup, programs),
-        tries=[tried for name in failing for tried in _tries(setup, name, say)],
+        tries=[tried for program in failing for tried in _tries(setup, program, say)],
         assumed=_assumed(setup),
     )
 
@@ -124,21 +122,27 @@ def _records(setup: Setup) -> int:
     return setup.prompts("opd") * setup.config.rollout.samples_per_prompt
 
 
-def _tries(setup: Setup, name: str, say: Say) -> Iterator[Try]:
-    """Changes for one program, until it fits."""
-    tried = changes(setup.config, name, setup.ways, setup.target.count)
-    for words, config in list(tried)[:MOST_TRIES]:
+def _tries(setup: Setup, failing: ProgramReport, say: Say) -> Iterator[Try]:
+    """Changes for one program, each on top of those before, until it fits."""
+    name, said = failing.name, list[str]()
+    for step in steps_of(name):
+        case = Case(name, setup.ways, setup.target.count, room_share(failing))
+        found = step(setup.config, case)
+        if found is None:
+            continue
+        said.append(found[0])
+        words = ", ".join(said)
         say(f"{name} does not fit; compiling it with {words}")
         try:
-            other = open_setup(config, setup.target.name)
+            setup = open_setup(changed(setup.config, found[1]), setup.target.name)
         except ConfigError as error:
             say(f"that is no config: {error}")
-            continue
-        stage = name if name == "sft" or name.startswith("train.") else name.partition(".")[0]
-        draft = next(draft for draft in drafts_of(other, stage) if draft.name == name)
-        found = compile_draft(other, draft)
-        yield Try(name, words, found.fits, found.needed_bytes, found.compile_seconds)
-        if found.fits:
+            return
+        stage = name if case.trains else name.partition(".")[0]
+        draft = next(draft for draft in drafts_of(setup, stage) if draft.name == name)
+        failing = compile_draft(setup, draft)
+        yield Try(name, words, failing.fits, failing.needed_bytes, failing.compile_seconds)
+        if failing.fits:
             return
 
 

@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from opd_jax.config import Config
+from opd_jax.fit.results import ProgramReport
 
 ALL_FSDP = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1}
+ACTIVATIONS = "activations and temporaries"
+CAUTION = 0.8
+"""What is left of the rows for which there should be room: not all temporaries shrink with rows."""
 
 
-def changes(config: Config, name: str, ways: int, devices: int) -> Iterator[tuple[str, Config]]:
-    """Configs to try for a program that does not fit: what changed so far, in words, and all.
+class Case(NamedTuple):
+    """The program that does not fit, and where.
 
-    Of a train step: full rematerialisation, then the fewest rows a micro-batch can have, then
-    `fsdp` over all devices. Of scoring and sampling: batches or slots that are a quarter, then
-    `fsdp`.
-
-    Args:
-        name: of the program, as its draft calls it.
+    Attributes:
+        name: as its draft calls it.
         ways: into how many parts the mesh cuts rows.
+        devices: of the target.
+        share: of the rows of a forward pass, for which there should be room.
     """
-    said: list[str] = []
+
+    name: str
+    ways: int
+    devices: int
+    share: float
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a train step."""
+        return self.name.partition(".")[0] in ("sft", "train")
+
+
+Change = tuple[str, dict[str, Any]]
+"""In words, and what the config gets."""
+Step = Callable[[Config, Case], Change | None]
+
+
+def steps_of(name: str) -> tuple[Step, ...]:
+    """What to try for a program, in this order; a step that changes nothing gives `None`.
+
+    Of a train step: full rematerialisation, then fewer rows a micro-batch, then `fsdp` over all
+    devices. Of scoring and sampling: batches or slots that are a quarter, then `fsdp`.
+    """
     trains = name.partition(".")[0] in ("sft", "train")
-    for step in (_remat, _micro, _fsdp) if trains else (_quarter, _fsdp):
-        found = step(config, name, ways, devices)
-        if found is not None:
-            words, tree = found
-            said.append(words)
-            config = _with(config, tree)
-            yield ", ".join(said), config
+    return (_remat, _micro, _fsdp) if trains else (_quarter, _fsdp)
 
 
-Step = tuple[str, dict[str, Any]]
+def room_share(report: ProgramReport) -> float:
+    """For which share of a program's activations there is room beside what does not shrink."""
+    fixed = sum(size for name, size in report.parts.items() if name != ACTIVATIONS)
+    fixed += sum(report.beside.values())
+    shrinks = report.needed_bytes - fixed
+    return max(report.room_bytes - fixed, 0) / shrinks if shrinks > 0 else 0.0
 
 
-def _with(config: Config, tree: dict[str, Any]) -> Config:
+def changed(config: Config, tree: dict[str, Any]) -> Config:
     """The config with some keys changed, validated anew."""
     return Config.model_validate_json(json.dumps(_merged(config.model_dump(mode="json"), tree)))
 
@@ -48,56 +71,57 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _remat(config: Config, name: str, ways: int, devices: int) -> Step | None:
-    del name, ways, devices
+def _remat(config: Config, case: Case) -> Change | None:
+    del case
     if config.model.remat in ("full", "offload"):
         return None
     return "model.remat=full", {"model": {"remat": "full"}}
 
 
-def _micro(config: Config, name: str, ways: int, devices: int) -> Step | None:
-    """As few rows as there are parts of a batch."""
-    del devices
-    loop = config.sft if name == "sft" else config.train.runs[_run(name)]
+def _micro(config: Config, case: Case) -> Change | None:
+    """As many rows as there should be room for, or the fewest that the mesh can cut."""
+    loop = config.sft if case.name == "sft" else config.train.runs[_run(case.name)]
     rows = loop.micro_batch_size or loop.batch_size
-    if rows <= ways or loop.batch_size % ways:
+    possible = [n for n in range(case.ways, rows, case.ways) if loop.batch_size % n == 0]
+    if not possible:
         return None
-    return f"{_key(name)}.micro_batch_size={ways}", _at(name, {"micro_batch_size": ways})
+    roomy = [n for n in possible if n <= rows * case.share * CAUTION]
+    return _with_micro(case.name, max(roomy, default=possible[0]))
 
 
-def _fsdp(config: Config, name: str, ways: int, devices: int) -> Step | None:
-    del ways
+def _with_micro(name: str, rows: int) -> Change:
+    """A config with so many rows a micro-batch."""
+    values = {"micro_batch_size": rows}
+    if name == "sft":
+        return f"sft.micro_batch_size={rows}", {"sft": values}
+    tree = {"train": {"runs": {_run(name): values}}}
+    return f"train.runs.{_run(name)}.micro_batch_size={rows}", tree
+
+
+def _fsdp(config: Config, case: Case) -> Change | None:
     now = {axis: getattr(config.mesh, axis) for axis in ALL_FSDP}
-    if now in (ALL_FSDP, {**ALL_FSDP, "fsdp": devices}):
+    if now in (ALL_FSDP, {**ALL_FSDP, "fsdp": case.devices}):
         return None
     words, tree = "mesh.fsdp=-1 alone", {"mesh": dict(ALL_FSDP)}
-    if name.partition(".")[0] in ("sft", "train"):
-        loop = config.sft if name == "sft" else config.train.runs[_run(name)]
-        if loop.micro_batch_size is not None and loop.micro_batch_size % devices:
-            if loop.batch_size % devices:
-                return None
-            words += f", {_key(name)}.micro_batch_size={devices}"
-            tree |= _at(name, {"micro_batch_size": devices})
-    return words, tree
+    if not case.trains:
+        return words, tree
+    loop = config.sft if case.name == "sft" else config.train.runs[_run(case.name)]
+    if loop.micro_batch_size is None or loop.micro_batch_size % case.devices == 0:
+        return words, tree
+    if loop.batch_size % case.devices:
+        return None
+    more, rows = _with_micro(case.name, case.devices)
+    return f"{words}, {more}", tree | rows
 
 
-def _quarter(config: Config, name: str, ways: int, devices: int) -> Step:
-    del ways, devices
-    if name == "score":
+def _quarter(config: Config, case: Case) -> Change:
+    if case.name == "score":
         tokens = max(config.score.batch_tokens // 4, 1)
         return f"score.batch_tokens={tokens}", {"score": {"batch_tokens": tokens}}
-    stage = name.partition(".")[0]
+    stage = case.name.partition(".")[0]
     slots = max(getattr(config, stage).slots // 4, 1)
     return f"{stage}.slots={slots}", {stage: {"slots": slots}}
 
 
 def _run(name: str) -> str:
     return name.removeprefix("train.")
-
-
-def _key(name: str) -> str:
-    return "sft" if name == "sft" else f"train.runs.{_run(name)}"
-
-
-def _at(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {"sft": values} if name == "sft" else {"train": {"runs": {_run(name): values}}}

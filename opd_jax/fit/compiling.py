@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from opd_jax.core.peak import peak_flops
+from opd_jax.fit.changes import ACTIVATIONS
 from opd_jax.fit.collectives import collectives
 from opd_jax.fit.draft import Draft
 from opd_jax.fit.hardware import RESERVE
@@ -70,7 +71,7 @@ def _peak(memory: Any, parts: Bytes, passing: Bytes) -> tuple[int, Bytes]:
     for name, size in passing.items():
         found[name] = min(size, left)
         left -= found[name]
-    found["activations and temporaries"] = left
+    found[ACTIVATIONS] = left
     found["results"] = max(results, 0)
     return arguments + temporary + results, {k: v for k, v in found.items() if v}
 

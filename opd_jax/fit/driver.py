@@ -83,17 +83,17 @@ def _answer(folder: str, target: str) -> dict[str, Any]:
     """Start the worker, pass on what it says, and read what it leaves."""
     command = [sys.executable, "-m", "opd_jax.fit.worker", folder]
     with Path(folder, "stderr").open("w+", encoding="utf-8", errors="replace") as errors:
-        worker = subprocess.Popen(
+        with subprocess.Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                if line.startswith(MARK):
-                    tell(f"{target}: {line.removeprefix(MARK).rstrip()}")
-            code = worker.wait()
-        finally:
-            worker.kill()
+        ) as worker:
+            try:
+                for line in worker.stdout or ():
+                    if line.startswith(MARK):
+                        tell(f"{target}: {line.removeprefix(MARK).rstrip()}")
+            except BaseException:
+                worker.kill()
+                raise
+        code = worker.returncode
         errors.seek(0)
         told = [line.strip() for line in errors if line.strip()]
     path = Path(folder, ANSWER)
