@@ -98,6 +98,7 @@ def _answer(folder: str, target: str) -> dict[str, Any]:
         told = [line.strip() for line in errors if line.strip()]
     path = Path(folder, ANSWER)
     if not path.is_file():
-        last = told[-1][:400] if told else "it said nothing"
+        raised = [line for line in told if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        last = [*told, *raised][-1][:400] if told else "it said nothing"
         raise OPDError(f"fit: compiling for '{target}' ended with code {code}: {last}")
     return json.loads(path.read_text(encoding="utf-8"))

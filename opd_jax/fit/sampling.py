@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from opd_jax.config import SamplingConfig
 from opd_jax.core.flops import count_flops
@@ -61,12 +62,12 @@ class Sampler:
     @functools.cached_property
     def split(self) -> Params:
         """Weights as decoding wants them, and where they lie."""
-        return _outputs(split_layers.lower(self.model, self.params))
+        return _outputs(self.setup.mesh, split_layers.lower(self.model, self.params))
 
     @functools.cached_property
     def state(self) -> Any:
         """Slots and cache, and where they lie."""
-        return _outputs(engine.empty_state.lower(self.plan.program))
+        return _outputs(self.setup.mesh, engine.empty_state.lower(self.plan.program))
 
     def whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         """An array that every device has."""
@@ -86,9 +87,11 @@ def _table(pages: Pages, array: Callable[[tuple[int, int]], Any]) -> PageTable:
     )
 
 
-def _outputs(lowered: Any) -> Any:
+def _outputs(mesh: Mesh, lowered: Any) -> Any:
     """What a program returns, with the shardings that its compilation settles."""
-    shardings = lowered.compile().output_shardings
+    shardings = jax.tree.map(lambda _: replicated(mesh), lowered.out_info)
+    if mesh.size > 1:  # else nothing in it names the device
+        shardings = lowered.compile().output_shardings
     return jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
         lowered.out_info,
