@@ -7,17 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from opd_jax.config import Config
+from opd_jax.config_train import TrainRun
 from opd_jax.errors import ConfigError
 from opd_jax.fit.changes import Case, changed, room_share, steps_of
 from opd_jax.fit.compiling import compile_draft
-from opd_jax.fit.draft import Draft, device_bytes
+from opd_jax.fit.draft import Draft
 from opd_jax.fit.hardware import RESERVE
 from opd_jax.fit.results import Bytes, FitReport, ProgramReport, Try
 from opd_jax.fit.roofline import COMPUTE, LINKS, MEMORY
 from opd_jax.fit.sampling import sampling_drafts
 from opd_jax.fit.scoring import scoring_draft
 from opd_jax.fit.setup import Setup, open_setup
-from opd_jax.fit.training import has_teacher, training_draft
+from opd_jax.fit.training import training_draft
 
 Say = Callable[[str], None]
 
@@ -70,7 +71,7 @@ def assess(
         if quick and not programs[-1].fits:
             break
     failing = [program for program in programs if not program.fits and not quick]
-    programs += _within_training(setup, programs)
+    programs += within_training(setup, programs)
     return FitReport(
         target=target,
         kind=setup.target.device.kind,
@@ -84,42 +85,43 @@ def assess(
     )
 
 
-def _within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator[ProgramReport]:
+def within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator[ProgramReport]:
     """Sampling and scoring while a run trains: the same programs with more beside them."""
     by_name = {program.name: program for program in programs}
     for name in setup.config.train.enabled:
-        run = setup.config.train.runs[name]
-        step = by_name.get(f"train.{name}")
+        run, step = setup.config.train.runs[name], by_name.get(f"train.{name}")
         if step is None or (run.algorithm != "opd" and run.refresh is None):
             continue
-        held = {"training state": sum(step.parts.get(x, 0) for x in ("parameters", "moments"))}
-        held["starting parameters"] = step.beside.get("starting parameters", 0)
-        teacher = device_bytes(setup.model("teacher").abstract(setup.store_dtype))
-        drawn = run.batch_size * run.steps
-        if run.algorithm != "opd" and run.refresh is not None:
-            every = run.refresh.every or run.steps
-            drawn = run.batch_size * max(run.steps - every, 0)
+        share = _drawn(run) / (setup.prompts("opd") * setup.config.rollout.samples_per_prompt)
         for inner in ("rollout.prefill", "rollout.decode", "score"):
-            found = by_name.get(inner)
-            if found is None:
-                continue
-            more: Bytes = dict(held)
-            if inner != "score" and has_teacher(run):
-                more["teacher"] = teacher
-            share = drawn / max(_records(setup), 1)
-            beside = {**found.beside, **more}
-            yield dataclasses.replace(
-                found,
-                name=f"{inner} in train.{name}",
-                stage=f"train.{name}",
-                runs=found.runs * share,
-                beside=beside,
-                compile_seconds=0.0,
-            )
+            if (found := by_name.get(inner)) is not None:
+                yield dataclasses.replace(
+                    found,
+                    name=f"{inner} in {step.name}",
+                    stage=step.stage,
+                    runs=found.runs * share,
+                    beside=_beside_training(found, step, run),
+                    compile_seconds=0.0,
+                )
 
 
-def _records(setup: Setup) -> int:
-    return setup.prompts("opd") * setup.config.rollout.samples_per_prompt
+def _drawn(run: TrainRun) -> int:
+    """Responses that a run draws itself."""
+    if run.refresh is None:
+        return run.batch_size * run.steps
+    return run.batch_size * max(run.steps - (run.refresh.every or run.steps), 0)
+
+
+def _beside_training(found: ProgramReport, step: ProgramReport, run: TrainRun) -> Bytes:
+    """The state of a run lies beside; what is sampled with are its own parameters."""
+    state = sum(step.parts.get(x, 0) for x in ("parameters", "moments", "frozen parameters"))
+    beside = {**found.beside, **step.beside}
+    if found.name == "score":
+        beside.pop("teacher", None)  # it is the program's own argument
+    elif run.lora is None:
+        beside.pop("parameters", None)
+        state -= found.parts.get("parameters", 0)
+    return {**beside, "training state": state}
 
 
 def _tries(setup: Setup, failing: ProgramReport, say: Say) -> Iterator[Try]:
