@@ -1,4 +1,4 @@
-"""The sampler's programs: prefill of the longest prompts, and one step of decoding."""
+"""The sampler's programs: prefill of the longest prompts, and a round of decoding."""
 
 from __future__ import annotations
 
@@ -115,10 +115,9 @@ def _prefill(sampler: Sampler) -> Draft:
         return engine.prefill.lower(program, sampler.params, *prompts)
 
     def count() -> float:
-        one, each = on_one(model), max(rows // setup.ways, 1)
-        tokens = jax.ShapeDtypeStruct((each, t), jnp.int32)
+        one, tokens = on_one(model), jax.ShapeDtypeStruct((rows, t), jnp.int32)
         program = jax.make_jaxpr(one.forward)(one.abstract(setup.store_dtype), tokens, tokens)
-        return float(count_flops(program)) * rows / each
+        return float(count_flops(program))
 
     def beside() -> Bytes:
         return {
@@ -161,18 +160,19 @@ def _decode(sampler: Sampler) -> Draft:
         return {"parameters": device_bytes(sampler.params), "prompts that wait": prompts}
 
     context = slots * (sampler.prompt_tokens + new / 2)
-    pages = sampler.plan.program.pages
+    pages, steps = sampler.plan.program.pages, sampler.plan.program.round_steps
     return Draft(
         name=f"{sampler.stage}.decode",
-        what=f"{slots:,} slots, {pages.tokens:,} cached tokens; a step",
+        what=f"{slots:,} slots, {pages.tokens:,} cached tokens, {steps} steps",
         stage=sampler.stage,
-        runs=sampler.samples * new / slots,
-        tokens=slots,
-        model_flops=forward_flops(model, slots, slots, context),
+        runs=sampler.samples * new / (slots * steps),
+        tokens=slots * steps,
+        model_flops=steps * forward_flops(model, slots, slots, context),
         lower=lower,
-        count=lambda: _step_flops(sampler),
+        count=lambda: steps * _step_flops(sampler),
         parts=parts,
         beside=beside,
+        loops=steps,
     )
 
 

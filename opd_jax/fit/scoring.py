@@ -61,13 +61,12 @@ def _arrays(rows: int, t: int) -> dict[str, tuple[int, ...]]:
 
 
 def _flops(setup: Setup, model: LanguageModel, size: tuple[int, int], responses: int) -> float:
-    """Products of a batch: those of one device's rows, as often as there are devices for rows."""
-    one, rows = on_one(model), size[0] // setup.ways
-    arrays = _arrays(rows, size[1])
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in arrays.items()}
+    """Products of a batch each of whose rows has so many response tokens."""
+    one = on_one(model)
+    batch = {name: jax.ShapeDtypeStruct(x, jnp.int32) for name, x in _arrays(*size).items()}
     known: dict[str, Any] = dict.fromkeys(batch)
-    known["count_b"] = np.full(rows, responses, np.int32)
+    known["count_b"] = np.full(size[0], responses, np.int32)
     params = one.abstract(setup.store_dtype)
     given = [None] * len(jax.tree.leaves(params)) + [known[name] for name in sorted(batch)]
     program = jax.make_jaxpr(score_program(one, setup.config.score.top_k))(params, batch)
-    return float(count_flops(program, given)) * setup.ways
+    return float(count_flops(program, given))

@@ -150,9 +150,9 @@ def _arrays(objective: Objective, support: int) -> dict[str, tuple[tuple[int, ..
 def step_flops(
     setup: Setup, model: LanguageModel, objective: Objective, loop: LoopConfig, shape: Shape
 ) -> float:
-    """Products of a step: those of one device's part of a micro-batch, as often as there are."""
+    """Products of a step: those of a micro-batch, as often as there are."""
     one = on_one(model)
-    size = shape.micro_rows // setup.ways, shape.row_tokens
+    size = shape.micro_rows, shape.row_tokens
     batch = {
         name: jax.ShapeDtypeStruct((*size, *more), dtype)
         for name, (more, dtype) in _arrays(objective, shape.support).items()
@@ -169,4 +169,4 @@ def step_flops(
             )
         )
         program = traced(adapters.abstract(), batch, whole)
-    return float(count_flops(program)) * setup.ways * shape.pieces
+    return float(count_flops(program)) * shape.pieces

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -119,15 +120,33 @@ def test_scoring_meets_the_head_with_response_tokens_only():
     assert draft.runs == pytest.approx(4000 / 16)
 
 
-def test_a_decode_step_reads_all_weights_once_and_every_page():
+def test_a_round_of_decoding_multiplies_all_weights_and_every_page_at_each_step():
     _, draft = sampling_drafts(setup_of(), "rollout")
     layers, head = weights(STUDENT)
     depth, _, _, n, _, h, _ = STUDENT
     slots, page = 250, 96  # a page holds 32 + 56 tokens, on CPUs in steps of 16
     attention = depth * 2 * 2 * n * h * slots * page
-    assert draft.count() == pytest.approx(2 * (layers + head) * slots + attention, rel=0.05)
-    assert draft.tokens == slots
-    assert draft.runs == pytest.approx(4000 * 56 / slots)
+    step = 2 * (layers + head) * slots + attention
+    assert draft.count() == pytest.approx(64 * step, rel=0.05)
+    assert draft.loops == 64
+    assert draft.tokens == 64 * slots
+    assert draft.runs == pytest.approx(4000 * 56 / slots / 64)
+
+
+def test_the_head_of_scoring_ends_with_the_responses(tmp_path):
+    """Of 64 rows 16 columns at a time: 7 times that are two responses of 56."""
+    teacher = QUICKSTART.parent / "quickstart" / "teacher" / "config.json"
+    sizes = json.loads(teacher.read_text()) | {"vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    draft = scoring_draft(setup_of(f"model.teacher={tmp_path}", "score.batch_tokens=11264"))
+    depth, d, _, n, _, h, _ = TEACHER
+    layers, _ = weights(TEACHER)
+    rows, length = 64, 176
+    attention = depth * 2 * 2 * n * h * rows * length**2
+    counted = 2 * layers * rows * length + 2 * 4096 * d * rows * 112 + attention
+    assert draft.what == "64 rows of 176, top-k 24"
+    assert draft.loops == 7
+    assert draft.count() == pytest.approx(counted, rel=0.02)
 
 
 def test_half_the_weights_take_half_the_memory():

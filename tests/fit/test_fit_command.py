@@ -95,8 +95,8 @@ def test_the_sampler_and_the_teacher_are_compiled_too(tmp_path):
     assert code == 0
     prefill, decode, score = report["programs"]
     assert [x["name"] for x in report["programs"]] == ["rollout.prefill", "rollout.decode", "score"]
-    assert decode["tokens"] == 250  # slots, each of which gets a token
-    assert decode["runs"] == pytest.approx(4000 * 56 / 250)
+    assert decode["tokens"] == 64 * 250  # in a round, slots at each of its steps
+    assert decode["runs"] == pytest.approx(4000 * 56 / 250 / 64)
     cache = decode["parts"]["KV cache"]
     assert cache >= 2 * 2 * LAYERS * KV_HEADS * HEAD * 250 * (32 + 56)
     assert prefill["beside"]["KV cache"] == cache
