@@ -21,6 +21,8 @@ _FREE = frozenset(
     }
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
+"""Which write in place, and which operand it is that they write."""
 _VIEWS = ("bitcast", "reshape")
 
 
@@ -65,7 +67,7 @@ def _fusion(module: Module, inputs: Inputs, instruction: Instruction) -> int:
 
 def _update(_: Module, inputs: Inputs, instruction: Instruction) -> int:
     """What a slice or some rows are replaced with is read and written."""
-    update = inputs[1 if instruction.opcode == "dynamic-update-slice" else -1]
+    update = inputs[_UPDATES[instruction.opcode]]
     return 0 if update is None else 2 * _here(update.result)
 
 
@@ -110,7 +112,7 @@ def _used(module: Module, computation: Computation, name: str, whole: int) -> in
             total += _used(module, computation, user.name, whole)
         elif user.opcode in _SLICES and user.operands[0] == name:
             total += array_bytes(user.result)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif user.opcode in _UPDATES and user.operands[0] == name:
             pass  # in place: only what is written
         elif user.opcode == "fusion" and (inner := _called(module, user)):
             total += _read(module, inner, user.operands.index(name), whole)
@@ -130,8 +132,8 @@ def _written(computation: Computation, instruction: Instruction) -> int:
         made = computation.instructions.get(name)
         while made is not None and made.opcode in _VIEWS:
             made = computation.instructions.get(made.operands[0])
-        if made is not None and made.opcode == "dynamic-update-slice":
-            update = computation.instructions.get(made.operands[1])
+        if made is not None and made.opcode in _UPDATES:
+            update = computation.instructions.get(made.operands[_UPDATES[made.opcode]])
             size = 0 if update is None else array_bytes(update.result)
             whole -= max(array_bytes(made.result) - size, 0)
     return max(whole, 0)

@@ -165,6 +165,13 @@ TRAFFIC = """
   ROOT %new = f32[10,8]{1,0} dynamic-update-slice(%stack, %row, %at, %zero)
 }
 
+%scatter_to (stack: f32[10,8], at: s32[2,1], rows: f32[2,8]) -> f32[10,8] {
+  %stack = f32[10,8]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %rows = f32[2,8]{1,0} parameter(2)
+  ROOT %new = f32[10,8]{1,0} scatter(%stack, %at, %rows), to_apply=%put
+}
+
 ENTRY %main (a: f32[10,8], r: f32[1,8], i: s32[]) -> f32[10,8] {
   %a = f32[10,8]{1,0} parameter(0)
   %r = f32[1,8]{1,0} parameter(1)
@@ -172,7 +179,10 @@ ENTRY %main (a: f32[10,8], r: f32[1,8], i: s32[]) -> f32[10,8] {
   %row = f32[8]{0} fusion(%a, %i), kind=kLoop, calls=%slice_of
   %near = f32[8]{0:S(1)} negate(%row)
   %new = f32[10,8]{1,0} fusion(%a, %r, %i), kind=kLoop, calls=%write_to
-  ROOT %sum = f32[10,8]{1,0} add(%new, %a)
+  %places = s32[2,1]{1,0} constant({ {1}, {4} })
+  %two = f32[2,8]{1,0} broadcast(%row), dimensions={1}
+  %last = f32[10,8]{1,0} fusion(%new, %places, %two), kind=kLoop, calls=%scatter_to
+  ROOT %sum = f32[10,8]{1,0} add(%last, %a)
 }
 """
 
@@ -182,8 +192,11 @@ def test_slices_and_updates_in_place_move_no_more_than_themselves():
     sliced = row + index + row
     to_chip = row
     written = row + index + row
+    repeated = row + 2 * row
+    scattered = 2 * index + 2 * row + 2 * row
     added = 3 * whole
-    assert memory_traffic(parse_module(TRAFFIC)) == sliced + to_chip + written + added
+    parts = sliced + to_chip + written + repeated + scattered + added
+    assert memory_traffic(parse_module(TRAFFIC)) == parts
 
 
 def test_a_text_without_an_entry_is_refused():

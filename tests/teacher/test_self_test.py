@@ -95,7 +95,7 @@ def test_a_teacher_that_says_the_same_of_everything(snapshot, monkeypatch):
     model, params = tiny()
 
     def program(*_):
-        return lambda _params, arrays: score._Out(
+        return lambda _params, arrays: score.ScoreOut(
             jnp.full(arrays["input_bt"].shape, -2.5), *[jnp.zeros((1, 1, 0))] * 3
         )
 
