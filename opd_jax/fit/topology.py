@@ -13,7 +13,7 @@ from typing import Any
 
 from opd_jax.errors import ConfigError
 from opd_jax.fit.hardware import CARDS, card_text
-from opd_jax.fit.targets import parse_target
+from opd_jax.fit.targets import Target, parse_target
 
 
 def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -58,11 +58,20 @@ def devices_of(target: str) -> Sequence[Any]:
     _require("libtpu", target)
     name = f"{found.generation}:{found.shape}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_layout(found)
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"fit: target '{target}': libtpu knows no slice {name}; {str(error)[:200]}"
         ) from error
+
+
+def _layout(target: Target) -> dict[str, Any]:
+    """What libtpu has to be told besides a slice's name: one chip a host, two cores a device."""
+    if target.count == 1:
+        return {"chips_per_host_bounds": [1, 1, 1]}
+    return {"chip_config_name": "megacore"} if target.generation == "v4" else {}
 
 
 def _require(module: str, target: str) -> None:

@@ -1,6 +1,8 @@
 """Names of targets, and the tables behind them."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +10,7 @@ from opd_jax.core.peak import peak_flops
 from opd_jax.errors import ConfigError
 from opd_jax.fit.hardware import CARDS, TPUS, card_text
 from opd_jax.fit.targets import SHAPES, candidates, parse_target
+from opd_jax.fit.topology import environment
 
 GOOD = {
     "v5e:4x4": ("v5e", 16, "4x4"),
@@ -90,3 +93,25 @@ def test_auto_tries_small_slices_first():
     assert counts[-1] == 256
     with pytest.raises(ConfigError, match="after 'auto:' comes one of v4"):
         candidates("auto:v9")
+
+
+@pytest.mark.slow
+def test_every_kind_of_slice_and_card_has_as_many_devices_as_it_is_named_for():
+    """In a process of its own, as the plugins settle what JAX sees."""
+    names = ["v5e-1", "v5e-4", "v5e-256", "v6e-8", "v5p-32", "v4-16", "v5p:2x2x1"]
+    names += ["a100-40:4", "a100-80:8", "h100:8", "h200:2", "b200:8", "h100:16"]
+    code = (
+        "from opd_jax.fit.topology import devices_of\n"
+        f"for name in {names}:\n"
+        "    devices = devices_of(name)\n"
+        "    print('found', name, len(devices), devices[0].device_kind, sep='|')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split("|")[1:] for line in done.stdout.splitlines() if line.startswith("found|")]
+    assert [name for name, _, _ in lines] == names
+    for name, count, kind in lines:
+        target = parse_target(name)
+        assert int(count) == target.count, name
+        assert kind == target.device.kind, name
