@@ -20,14 +20,15 @@ from opd_jax.fit.roofline import step_time
 from opd_jax.fit.setup import Setup
 from opd_jax.fit.traffic import memory_traffic
 
-_NEEDED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ")
+_NEEDED = re.compile(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT]?)i?B?(?: of |\) exceeds)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compile_draft(setup: Setup, draft: Draft) -> ProgramReport:
     """Compile one program.
 
-    A compiler that refuses for lack of memory says how much it would need; that is the peak then.
+    A compiler that refuses for lack of memory says how much it would need, or how much of that are
+    temporaries: the peak is then at least that, and at least what is known to lie there.
     """
     start = time.monotonic()
     problem, compiled = "", None
@@ -40,7 +41,8 @@ def compile_draft(setup: Setup, draft: Draft) -> ProgramReport:
     seconds = time.monotonic() - start
     parts, beside = draft.parts(), draft.beside()
     if compiled is None:
-        peak, parts = _said(problem), {**parts, **draft.passing}
+        parts = {**parts, **draft.passing}
+        peak = max(said_bytes(problem), sum(parts.values()))
     else:
         peak, parts = _peak(compiled.memory_analysis(), parts, draft.passing)
     report = ProgramReport(
@@ -76,7 +78,8 @@ def _peak(memory: Any, parts: Bytes, passing: Bytes) -> tuple[int, Bytes]:
     return arguments + temporary + results, {k: v for k, v in found.items() if v}
 
 
-def _said(problem: str) -> int:
+def said_bytes(problem: str) -> int:
+    """The memory that a refusal names, 0 if it names none."""
     found = _NEEDED.search(problem)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 

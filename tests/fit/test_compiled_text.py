@@ -4,6 +4,7 @@
 import pytest
 
 from opd_jax.fit.collectives import axes_of, collectives, group_of, sent_bytes
+from opd_jax.fit.compiling import said_bytes
 from opd_jax.fit.hlo import Instruction, array_bytes, executed, parse_module
 from opd_jax.fit.traffic import memory_traffic
 
@@ -197,6 +198,26 @@ def test_slices_and_updates_in_place_move_no_more_than_themselves():
     added = 3 * whole
     parts = sliced + to_chip + written + repeated + scattered + added
     assert memory_traffic(parse_module(TRAFFIC)) == parts
+
+
+@pytest.mark.parametrize(
+    ("problem", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (35.30G) exceeds available HBM (15.75G).",
+            35.30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 24.87G of 15.75G hbm. Exceeded hbm capacity by 9.12G.",
+            24.87,
+        ),
+        ("RESOURCE_EXHAUSTED: out of memory", 0),
+    ],
+)
+def test_a_refusal_names_the_memory_that_it_would_take(problem, gib):
+    assert said_bytes(problem) == int(gib * 2**30)
 
 
 def test_a_text_without_an_entry_is_refused():

@@ -132,6 +132,25 @@ def test_what_is_too_large_exits_with_3_and_says_so(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_compiler_that_refuses_says_what_it_would_take(tmp_path, capsys):
+    """TPUs': 21 GiB of parameters and moments alone on a chip with 16."""
+    student = Path(QUICKSTART).parent / "quickstart" / "student" / "config.json"
+    sizes = json.loads(student.read_text()) | {"hidden_size": 8192, "intermediate_size": 32768}
+    sizes |= {"num_attention_heads": 64, "head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    words = (f"model.student={tmp_path}", "train.enabled=[opd]", "train.runs.opd.batch_size=2")
+    more = ("model.remat=full", "train.runs.opd.micro_batch_size=1", "--stages", "train")
+    code, report = fit(tmp_path, "v5e-1", *words, *more)
+    assert code == 3
+    (step,) = report["programs"]
+    assert step["problem"].startswith("RESOURCE_EXHAUSTED")
+    assert step["peak_bytes"] >= 4 * 7.0 * 2**30  # parameters, two moments, gradients
+    assert step["time"] is None
+    assert report["hours"] == {}
+    assert "RESOURCE_EXHAUSTED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_change_that_makes_it_fit_is_found(tmp_path):
     """At 262,144 rows activations take 200 GiB; full rematerialisation alone does not do."""
     words = ("train.enabled=[opd]", "train.runs.opd.batch_size=262144", "--stages", "train")
