@@ -22,7 +22,12 @@ _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplo
 
 STORE_TOOLS = ("inspect", "verify", "gc")
 NOT_WITH_STORE = (
-    *("config", "stages", "force", "plan", "profile", "prompt", "chat", "checkpoint"),
+    *("config", "stages", "force", "plan", "fit", "profile", "prompt", "chat", "checkpoint"),
+    *("coordinator", "processes", "rank", "distributed"),
+)
+
+NOT_WITH_FIT = (
+    *("force", "share", "plan", "profile", "prompt", "chat", "checkpoint"),
     *("coordinator", "processes", "rank", "distributed"),
 )
 
@@ -35,8 +40,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline, or look after a store.
 
-    The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged,
-    130 for Ctrl-C, 143 for SIGTERM.
+    The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged or
+    a config that `--fit` finds too large, 130 for Ctrl-C, 143 for SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
@@ -76,6 +81,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--share", metavar="I/N", help="do the I-th of N shares of answer, rollout or score alone"
     )
     parser.add_argument("--plan", action="store_true", help="print what is done and what is not")
+    parser.add_argument(
+        "--fit",
+        metavar="TARGET",
+        help="compile for devices that are absent, such as v5e-16 or h100:8: does it fit, how fast",
+    )
     parser.add_argument("--profile", action="store_true", help="trace a few steps of each training")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
     group = parser.add_argument_group("try a model of the run")
@@ -134,6 +144,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         chat.run(config, arguments.checkpoint, arguments.prompt)
         return 0
+    stages = None if arguments.stages is None else _names([arguments.stages])
+    if arguments.fit is not None:
+        from opd_jax.fit import driver
+
+        return driver.run(config, arguments.fit, stages)
     from opd_jax.core import distributed
 
     given = arguments.coordinator, arguments.processes, arguments.rank
@@ -141,7 +156,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from opd_jax.core import preemption
     from opd_jax.stages import pipeline
 
-    stages = None if arguments.stages is None else _names([arguments.stages])
     share = None if arguments.share is None else _share(arguments)
     force = _names(arguments.force)
     with preemption.raising():
@@ -187,6 +201,10 @@ def _check_store_flags(arguments: argparse.Namespace) -> None:
 
 def _check_flags(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for flags that do not go together."""
+    if arguments.fit is not None:
+        for name in NOT_WITH_FIT:
+            if getattr(arguments, name) not in (None, [], False):
+                raise ConfigError(f"--fit and --{name} do not go together; leave one of them out")
     if not _talks(arguments):
         if arguments.checkpoint is not None:
             raise ConfigError("--checkpoint is for --chat and --prompt; give one of them")

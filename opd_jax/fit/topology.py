@@ -8,42 +8,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax.experimental import topologies
-
 from opd_jax.errors import ConfigError
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""XLA's `GpuTargetConfigProto` of the card, as text."""
-
-GPUS = {"h100": H100}
+from opd_jax.fit.hardware import CARDS, card_text
+from opd_jax.fit.targets import Target, parse_target
 
 
 def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -66,25 +36,42 @@ def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def devices_of(target: str) -> Sequence[Any]:
-    """The absent devices of `v5e:4x4` (libtpu's name of a slice) or `h100:8` (a node's cards).
+    """The absent devices of a target, named as `targets.parse_target` takes it.
 
     Raises:
         ConfigError: an unknown target, or a package of the extra `fit` is not installed.
     """
-    kind, _, size = target.partition(":")
-    if kind in GPUS and size.isdecimal():
+    import jax  # here: who only wants `environment` is spared what plugins print
+    from jax.experimental import topologies
+
+    found = parse_target(target)
+    if found.platform == "gpu":
         _require("jax_plugins.xla_cuda12", target)  # registers itself when imported
+        card = CARDS[found.generation]
+        nodes = max(found.count // card.device.node, 1)
         description = topologies.get_topology_desc(
-            platform="cuda", target_config=GPUS[kind], topology=f"1x{size}x1"
+            platform="cuda",
+            target_config=card_text(card),
+            topology=f"{nodes}x{found.count // nodes}x1",
         )
         return description.devices
-    if re.fullmatch(r"v\d+[a-z]*:\d+x\d+(x\d+)?", target):
-        _require("libtpu", target)
-        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
-    raise ConfigError(
-        f"fit: unknown target '{target}'; name a TPU slice such as v5e:4x4, or one of "
-        f"{', '.join(GPUS)} with a number of cards such as h100:8"
-    )
+    _require("libtpu", target)
+    name = f"{found.generation}:{found.shape}"
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_layout(found)
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"fit: target '{target}': libtpu knows no slice {name}; {str(error)[:200]}"
+        ) from error
+
+
+def _layout(target: Target) -> dict[str, Any]:
+    """What libtpu has to be told besides a slice's name: one chip a host, two cores a device."""
+    if target.count == 1:
+        return {"chips_per_host_bounds": [1, 1, 1]}
+    return {"chip_config_name": "megacore"} if target.generation == "v4" else {}
 
 
 def _require(module: str, target: str) -> None:

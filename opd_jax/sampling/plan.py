@@ -108,7 +108,10 @@ def free_bytes(mesh: Mesh | None) -> float | None:
     if platform_of(mesh) == "cpu":
         return _host_bytes()
     devices = jax.local_devices() if mesh is None else mesh.local_devices
-    stats = [device.memory_stats() or {} for device in devices]
+    try:
+        stats = [device.memory_stats() or {} for device in devices]
+    except jax.errors.JaxRuntimeError:  # they are absent: only compiled for
+        return None
     if any("bytes_limit" not in s for s in stats):
         return None
     return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

@@ -1,38 +1,15 @@
-"""What is wrong with batches, prompt files and vocabularies is said before hours of work."""
+"""What is wrong with prompt files and vocabularies is said before hours of work."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from opd_jax.config import Config, EvaluateConfig, SamplingConfig
+from opd_jax.config import EvaluateConfig, SamplingConfig
 from opd_jax.config_train import LoopConfig, TrainRun
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.lora import Adapters
 from opd_jax.stages.context import ROLES, RunContext, Split
-
-
-def check_batches(config: Config, ways: int) -> None:
-    """Every forward pass of training must be divisible over the devices.
-
-    Without `micro_batch_size`, OPD rounds its packed rows up; SFT has `batch_size` of them.
-    """
-    for key, loop in _loops(config).items():
-        field = "batch_size" if loop.micro_batch_size is None else "micro_batch_size"
-        opd = isinstance(loop, TrainRun) and loop.algorithm != "sft"
-        if opd and field == "batch_size":
-            continue
-        rows = getattr(loop, field)
-        if rows % ways:
-            raise ConfigError(
-                f"{key}.{field}={rows} is not divisible over {ways} devices (mesh.data x "
-                "mesh.fsdp x mesh.expert); change it, or the mesh"
-            )
-
-
-def _loops(config: Config) -> dict[str, LoopConfig]:
-    """The training loops of a config by their keys."""
-    runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-    return {"sft": config.sft, **runs}
+from opd_jax.train.jobs import loops_of
 
 
 def check_inputs(ctx: RunContext, kinds: set[str]) -> None:
@@ -92,7 +69,7 @@ def _check_answers(ctx: RunContext) -> None:
 
 def _check_adapters(ctx: RunContext) -> None:
     """Raises ConfigError if a run is to train adapters that the student or the mesh cannot have."""
-    for key, loop in _loops(ctx.config).items():
+    for key, loop in loops_of(ctx.config).items():
         if loop.lora is not None:
             try:
                 Adapters(ctx.program("student"), loop.lora).abstract()

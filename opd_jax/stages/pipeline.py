@@ -25,11 +25,12 @@ from opd_jax.errors import ConfigError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
-from opd_jax.stages.before import check_batches, check_inputs
+from opd_jax.stages.before import check_inputs
 from opd_jax.stages.common import Stage
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, Spent, StageRecords, exists
 from opd_jax.stages.summary import write_summary
+from opd_jax.train.jobs import check_batches
 
 PARTS = ("inputs", "run", "artefacts", "extras", "gap")  # not every stage has the last two
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost

@@ -11,7 +11,7 @@ from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.stages.training import TrainTask, prepare_answers, train
 from opd_jax.teacher.consistency import check_same_model, check_same_tokenizer, recorded
-from opd_jax.train.step import Objective
+from opd_jax.train.jobs import objective_of
 
 NAME = "sft"
 
@@ -44,8 +44,7 @@ def run(ctx: RunContext) -> Outcome:
         "sft_teacher": teacher.to_json(),
         "answers": answer["snapshot"],
     }
-    objective = Objective("sft", router_balance=ctx.config.sft.router_balance)
-    task = TrainTask(NAME, NAME, objective, ctx.config.sft, inputs(ctx))
+    task = TrainTask(NAME, NAME, objective_of(ctx.config.sft), ctx.config.sft, inputs(ctx))
     prepared = prepare_answers(ctx, task.loop, NAME, NAME)
 
     def load() -> Params:

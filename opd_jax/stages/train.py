@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from opd_jax.algo.losses import Terms
 from opd_jax.config_train import TrainRun
 from opd_jax.core.lineage import Identity
 from opd_jax.core.mesh import axis_size
@@ -25,6 +24,7 @@ from opd_jax.teacher.consistency import (
 )
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.guard import Guard
+from opd_jax.train.jobs import objective_of
 from opd_jax.train.probes import Probe, held_out
 from opd_jax.train.rounds import Rounds
 from opd_jax.train.sources import (
@@ -34,7 +34,6 @@ from opd_jax.train.sources import (
     online_source,
     support_size,
 )
-from opd_jax.train.step import Objective
 
 
 def inputs(ctx: RunContext, name: str) -> Json:
@@ -93,28 +92,16 @@ def run(ctx: RunContext, name: str) -> Outcome:
     config = ctx.config.train.runs[name]
     makers = {"lightning_opd": _offline, "opd": _online, "sft": _control}
     prepared, made_of = makers[config.algorithm](ctx, name, config)
-    kind = "sft" if config.algorithm == "sft" else config.objective
-    objective = Objective(kind, _terms(config), config.tail, config.router_balance)
+    objective = objective_of(config)
     lineage = {
         "student": ctx.lineage("sft"),
         "algorithm": config.algorithm,
-        "objective": kind,
+        "objective": objective.kind,
         **made_of,
     }
     task = TrainTask(f"train.{name}", name, objective, config, inputs(ctx, name))
     identity, counts = train(ctx, task, lambda: ctx.trained("sft")[1], prepared, lineage)
     return Outcome({"model": identity.to_json(), **made_of}, counts)
-
-
-def _terms(config: TrainRun) -> Terms:
-    return Terms(
-        config.tau,
-        config.reward_scale,
-        config.kl_anchor,
-        config.weight_cap,
-        config.position_gamma,
-        config.ratio_clip,
-    )
 
 
 def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:

@@ -32,7 +32,7 @@ REPAIR = {"teacher": "check the folder", "student": "lower optim.learning_rate"}
 POSITIVE_TOLERANCE = 1e-4  # float32 log-sum-exp can round a certain token's log-prob above 0
 
 
-class _Out(NamedTuple):
+class ScoreOut(NamedTuple):
     """What the program returns: of each row its response tokens, one record after the other."""
 
     logprob_bt: jax.Array  # float32
@@ -103,7 +103,7 @@ class Scorer:
         """
         return self.scores_of(packed, self.start(packed, length, rows))
 
-    def start(self, packed: Sequence[Sequence[Record]], length: int, rows: int) -> _Out:
+    def start(self, packed: Sequence[Sequence[Record]], length: int, rows: int) -> ScoreOut:
         """Begin with a batch; `scores_of` awaits it."""
         for record in (record for row in packed for record in row):
             _check_ids(record, self.model.vocabulary)
@@ -111,9 +111,9 @@ class Scorer:
         arrays: Any = response_first(packed_rows(filled, length))
         if self.model.mesh is not None:
             arrays = put_batch(self.model.mesh, arrays)
-        return _program(self.model, self.top_k)(self.params, arrays)
+        return score_program(self.model, self.top_k)(self.params, arrays)
 
-    def scores_of(self, packed: Sequence[Sequence[Record]], out: _Out) -> list[Scores]:
+    def scores_of(self, packed: Sequence[Sequence[Record]], out: ScoreOut) -> list[Scores]:
         """What was begun with these records."""
         out = jax.device_get(out)
         found: list[Scores] = []
@@ -125,7 +125,7 @@ class Scorer:
                 at = columns.stop
         return found
 
-    def _scores(self, record: Record, place: tuple[int, slice], out: _Out) -> Scores:
+    def _scores(self, record: Record, place: tuple[int, slice], out: ScoreOut) -> Scores:
         logprob = np.asarray(out.logprob_bt[place], np.float32)
         _check(logprob, record, self.role)
         entropy = np.asarray(out.entropy_bt[place], np.float32) if self.entropy else None
@@ -182,8 +182,10 @@ def _check(logprob: np.ndarray, record: Record, role: str) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
-    def program(params: Params, batch: dict[str, jax.Array]) -> _Out:
+def score_program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], ScoreOut]:
+    """The jitted program of a batch: parameters, and arrays as `response_first` makes them."""
+
+    def program(params: Params, batch: dict[str, jax.Array]) -> ScoreOut:
         inputs = (batch[name] for name in ("input_bt", "positions_bt", "segments_bt"))
         hidden_btd = model.forward(params, *inputs).hidden_btd
         hidden_btd = jnp.take_along_axis(hidden_btd, batch["column_bt"][..., None], axis=1)
@@ -192,7 +194,7 @@ def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
         width = min(t, max(CHUNK_TOKENS // b, 1))
 
         # The last columns may be computed twice, to the same values: slices stop at the end.
-        def body(number: jax.Array, out: _Out) -> _Out:
+        def body(number: jax.Array, out: ScoreOut) -> ScoreOut:
             def cut(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, number * width, width, axis=1)
 
@@ -204,7 +206,7 @@ def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
             )
 
         zeros, wide = jnp.zeros((b, t)), jnp.zeros((b, t, top_k))
-        out = _Out(zeros, zeros, wide.astype(jnp.int32), wide)
+        out = ScoreOut(zeros, zeros, wide.astype(jnp.int32), wide)
         return jax.lax.fori_loop(0, -(-jnp.max(batch["count_b"]) // width), body, out)
 
     return jax.jit(program, out_shardings=model.mesh and replicated(model.mesh))
@@ -212,14 +214,14 @@ def _program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], _Out]:
 
 def _some(
     model: LanguageModel, top_k: int, head: jax.Array, hidden: jax.Array, target: jax.Array
-) -> _Out:
+) -> ScoreOut:
     if top_k:
         found = top_k_logprobs(
             hidden, head, target, top_k, model.mesh, padded_from=model.padded_from
         )
-        return _Out(found.logprob_bt, found.entropy_bt, found.ids_btk, found.logprob_btk)
+        return ScoreOut(found.logprob_bt, found.entropy_bt, found.ids_btk, found.logprob_btk)
     chosen = chosen_logprobs(
         hidden, head, target[..., None], model.mesh, padded_from=model.padded_from
     )
     empty = jnp.zeros((*target.shape, 0))
-    return _Out(chosen.logprob_bts[..., 0], chosen.entropy_bt, empty.astype(jnp.int32), empty)
+    return ScoreOut(chosen.logprob_bts[..., 0], chosen.entropy_bt, empty.astype(jnp.int32), empty)

@@ -75,7 +75,7 @@ def test_a_device_that_computes_something_else_at_times(snapshot, monkeypatch, c
     """The `call`-th batch from here comes back with one record's scores spoilt."""
     model, params = tiny()
     scorer = Scorer(model, params, batch_tokens=256)
-    right, calls = score._program, []
+    right, calls = score.score_program, []
 
     def program(*static):
         def run(params, arrays):
@@ -85,7 +85,7 @@ def test_a_device_that_computes_something_else_at_times(snapshot, monkeypatch, c
 
         return run
 
-    monkeypatch.setattr(score, "_program", program)
+    monkeypatch.setattr(score, "score_program", program)
     message = rf"{words}, log-probs differ by 3 on average .* of record 'p\d+'/0 .* cannot be trust"
     with pytest.raises(DataError, match=message):
         run_test(scorer, snapshot)
@@ -95,11 +95,11 @@ def test_a_teacher_that_says_the_same_of_everything(snapshot, monkeypatch):
     model, params = tiny()
 
     def program(*_):
-        return lambda _params, arrays: score._Out(
+        return lambda _params, arrays: score.ScoreOut(
             jnp.full(arrays["input_bt"].shape, -2.5), *[jnp.zeros((1, 1, 0))] * 3
         )
 
-    monkeypatch.setattr(score, "_program", program)
+    monkeypatch.setattr(score, "score_program", program)
     with pytest.raises(DataError, match=r"every token has log-prob -2\.500; the weights are damag"):
         run_test(Scorer(model, params), snapshot)
 

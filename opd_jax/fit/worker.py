@@ -1,0 +1,44 @@
+"""The process that compiles: `python -m opd_jax.fit.worker FOLDER`.
+
+It reads `request.json` in the folder and leaves `answer.json` there; a line on its output is a step
+that it begins. `driver` starts it with the environment that the compilers need.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from opd_jax.config import Config
+from opd_jax.errors import OPDError
+
+REQUEST, ANSWER, MARK = "request.json", "answer.json", "fit: "
+"""Files, and how lines begin that are meant for people: plugins print, too."""
+
+
+def main(folder: str) -> None:
+    """Answer one request."""
+    from opd_jax.fit.assess import assess
+
+    logging.disable(logging.WARNING)
+    request = json.loads(Path(folder, REQUEST).read_text(encoding="utf-8"))
+    answer: dict[str, Any]
+    try:
+        config = Config.model_validate_json(json.dumps(request["config"]))
+        answer = assess(
+            config, request["target"], request["stages"], _say, quick=request["quick"]
+        ).to_json()
+    except OPDError as error:
+        answer = {"error": str(error)}
+    Path(folder, ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    print(f"{MARK}{text}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
