@@ -38,7 +38,7 @@ def test_forward_and_backward_compile_for(case):
     assert found["temp_bytes"] < 4 * tokens**2
 
 
-@pytest.mark.parametrize("target", ["h100", "h100:", "v5e", "v5e:16", "abacus:4"])
+@pytest.mark.parametrize("target", ["h100:", "v5e", "abacus:4"])
 def test_an_unknown_target(target):
     with pytest.raises(ConfigError, match=f"fit: unknown target '{target}'; name a TPU slice"):
         devices_of(target)
