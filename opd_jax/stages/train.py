@@ -137,7 +137,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
         check_same_model(live, scored, "the teacher of the scores", where, "score")
         teacher = Scorer(*ctx.model("teacher"), batch_tokens=ctx.config.score.batch_tokens)
     fresh = fresh_probe(ctx, config, [snapshot.keys[i][0] for i in kept], teacher)
-    guard = Guard(config.guard)
+    guard = Guard(config.guard, limited=config.objective == "sampled")
     prepared = Prepared(source, [*probes, *([fresh] if fresh else [])], guard, rounds=rounds)
     return prepared, {**lineage, "rollouts": snapshot.hash}
 

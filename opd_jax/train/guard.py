@@ -41,12 +41,15 @@ class Guard:
         first: figures before the first step.
         best: figures of the best evaluation so far, and the steps done by then.
         warned: how many evaluations in a row had a warning.
+        limited: whether drift is a danger, as it is for the sampled-token objective. One that knows
+            the teacher's distribution finds its way far from its rollouts (docs/method.md).
     """
 
     config: GuardConfig
     first: Figures = field(default_factory=dict)
     best: tuple[Figures, int] | None = None
     warned: int = 0
+    limited: bool = True
 
     def look(self, steps: int, figures: Figures) -> Verdict:
         """Judge the figures after `steps` steps."""
@@ -67,6 +70,8 @@ class Guard:
 
     def _beyond(self, figures: Figures) -> list[str]:
         """A line for each limit that is crossed."""
+        if not self.limited:
+            return []
         return [
             f"{what} is {figures[name]:.3f}, beyond {limit:g}: the student samples them no more; "
             f"{REMEDY}"
@@ -120,13 +125,15 @@ class Guard:
         return {"first": self.first, "best": self.best, "warned": self.warned}
 
     @staticmethod
-    def restored(config: GuardConfig, state: dict[str, Any] | None) -> Guard:
+    def restored(
+        config: GuardConfig, state: dict[str, Any] | None, *, limited: bool = True
+    ) -> Guard:
         """The guard of a checkpoint; a new one without."""
         if state is None:
-            return Guard(config)
+            return Guard(config, limited=limited)
         best = state["best"]
         found = None if best is None else (dict(best[0]), int(best[1]))
-        return Guard(config, state["first"], found, state["warned"])
+        return Guard(config, state["first"], found, state["warned"], limited)
 
 
 def finite(figures: Figures) -> Figures:

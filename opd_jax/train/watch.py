@@ -101,7 +101,9 @@ class Watch:
         if state is not None:
             self.stopped = state["stopped"]
             if self.guard is not None:
-                self.guard = Guard.restored(self.guard.config, state["guard"])
+                self.guard = Guard.restored(
+                    self.guard.config, state["guard"], limited=self.guard.limited
+                )
             if self.saturation is not None:
                 self.saturation.gaps = state["gaps"]
             if self.rounds is not None:

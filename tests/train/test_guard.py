@@ -94,6 +94,18 @@ def test_the_weighted_reverse_kl_judges_nothing():
     assert lost.warnings
 
 
+def test_drift_is_no_danger_to_an_objective_that_knows_the_distribution():
+    far = figures(token_log_w=-0.4, w_std=0.9)
+    guard = Guard(GuardConfig(action="stop", patience=1), limited=False)
+    guard.look(0, HEALTHY)
+    found = guard.look(1, far)
+    assert found.best
+    assert not found.warnings
+    assert not found.stop
+    again = Guard.restored(guard.config, guard.state(), limited=False)
+    assert not again.look(2, far).warnings
+
+
 def test_an_error_that_is_not_known_gives_no_warning():
     guard = Guard(GuardConfig())
     one = {"fresh_reverse_kl_stderr": math.nan}  # of one response
