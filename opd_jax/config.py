@@ -24,6 +24,9 @@ class MeshConfig(Frozen):
     tensor: int = Field(default=1, ge=-1)
     expert: int = Field(default=1, ge=-1)
     """Experts of a mixture are spread over it, and so are batch rows."""
+    context: int = Field(default=1, ge=-1)
+    """The tokens of every row are cut over it: for rows too long for the devices' memory, or fewer
+    than the devices. Where there are rows enough for all devices, `fsdp` sends less."""
 
     @model_validator(mode="after")
     def _one_free_axis(self) -> MeshConfig:

@@ -13,15 +13,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from opd_jax.config import MeshConfig
 from opd_jax.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
-    "time": None,
+    "time": "context",
     "layers": None,
     "norm": None,
     "head_dim": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "ffn": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -32,7 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lay the devices out as `data` x `fsdp` x `tensor` x `expert`.
+    """Lay the devices out as `data` x `fsdp` x `tensor` x `expert` x `context`.
 
     Raises:
         ConfigError: the axes ask for more devices than there are, or do not divide them.
@@ -110,10 +110,11 @@ def sharding_for(mesh: Mesh, axes: Sequence[str], shape: Sequence[int], name: st
                 )
             used[axis] = logical
         if size % ways:
-            largest = max(mesh_axes, key=lambda axis: mesh.shape[axis])
+            cutting = [axis for axis in mesh_axes if mesh.shape[axis] > 1]
+            largest = max(cutting, key=lambda axis: mesh.shape[axis])
             raise ConfigError(
                 f"{name}: dim '{logical}'={size} is not divisible by mesh axis "
-                f"'{' x '.join(mesh_axes)}'={ways}; change mesh.{largest}"
+                f"'{' x '.join(cutting)}'={ways}; change mesh.{largest}"
             )
         spec.append(mesh_axes or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
@@ -131,17 +132,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data`, `fsdp` and `expert`, everything else whole."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Rows over `data`, `fsdp` and `expert`, their tokens over `context`, all else whole.
+
+    Args:
+        ndim: axes of the array, or the fewest of several: with 1 it has no tokens.
+    """
+    with_tokens = ndim > 1 and axis_size(mesh, "time") > 1
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[RULES["time"]] * with_tokens))
 
 
 def put_batch(mesh: Mesh, tree: object, *, sharded: bool = True) -> object:
-    """Host arrays that are the same on every process, as global arrays cut by rows (or whole)."""
-    sharding = batch_sharding(mesh) if sharded else replicated(mesh)
+    """Host arrays that are the same on every process, as global arrays.
 
-    def put(x: np.ndarray) -> jax.Array:
-        host = np.asarray(x)
+    Args:
+        sharded: cut as `batch_sharding` says; else whole.
+
+    Raises:
+        ConfigError: the mesh does not divide the rows, or their tokens.
+    """
+
+    def put(path: Any, x: np.ndarray) -> jax.Array:
+        host, sharding = np.asarray(x), replicated(mesh)
+        if sharded:
+            name = "batch " + jax.tree_util.keystr(path, simple=True, separator=".")
+            sharding_for(mesh, ("batch", "time")[: host.ndim], host.shape[:2], name.strip())
+            sharding = batch_sharding(mesh, host.ndim)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+    return jax.tree_util.tree_map_with_path(put, tree)

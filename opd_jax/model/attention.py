@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+NO_SEGMENT = -(2**31)  # of padding; no token has it
 MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
 BLOCK = 256
 SAVED = "attention"
@@ -51,101 +52,176 @@ def attend_chunked(
     v_btkh: jax.Array,
     segments_bt: jax.Array | None,
     block: int = BLOCK,
+    axis: str | None = None,
 ) -> jax.Array:
     """`attend`, one tile of `block` x `block` scores at a time, forward and backward.
 
     Tiles above the diagonal are never computed. The backward pass computes the tiles again from
     the log-sum-exp of each row. Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+
+    Args:
+        axis: within `shard_map`, the mesh axis that cuts the tokens of the rows; the arrays are
+            then this device's tokens. It gathers the others' keys and values.
     """
     b, t, n, h = q_btnh.shape
-    k, c = k_btkh.shape[2], min(block, t)
+    k, c = k_btkh.shape[2], min(block, t if axis is None else -(-t // 2))
     if segments_bt is None:
         segments_bt = jnp.zeros((b, t), jnp.int32)
-    # Padding keys lie after every query: no query reads them.
-    q, keys, values, segments = (_pad_time(x, c) for x in (q_btnh, k_btkh, v_btkh, segments_bt))
+    # Padding keys lie after every query, or, of cut rows, in a segment without one: no query of a
+    # token reads them.
+    multiple = c if axis is None else 2 * c
+    q, keys, values = (pad_time(x, multiple) for x in (q_btnh, k_btkh, v_btkh))
+    segments = pad_time(segments_bt, multiple, NO_SEGMENT)
     q_bkgth = jnp.moveaxis((q * (h**-0.5)).reshape(b, -1, k, n // k, h), 1, 3)
     rows = (jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), segments)
-    mixed_bkgth = cast(jax.Array, _tiled(q_bkgth, *rows, c))  # `custom_vjp` hides the type
+    count = q_bkgth.shape[3] // c
+    places_i = jnp.arange(count)
+    if axis is not None:
+        places_i += count * jax.lax.axis_index(axis)
+    traded = (mirrored(x, axis, dim) for x, dim in ((q_bkgth, 3), (segments, 1), (places_i, 0)))
+    mixed = cast(jax.Array, _tiled(Queries(*traded), *rows, c, axis))  # `custom_vjp` hides the type
+    mixed_bkgth = mirrored(mixed, axis, 3)
     return jnp.moveaxis(mixed_bkgth, 3, 1).reshape(b, -1, n, h)[:, :t]
 
 
-def _pad_time(x: jax.Array, block: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
+def pad_time(x_bt: jax.Array, multiple: int, value: int = 0) -> jax.Array:
+    """[b, t, ...] with whole multiples of tokens."""
+    widths = [(0, 0), (0, -x_bt.shape[1] % multiple)] + [(0, 0)] * (x_bt.ndim - 2)
+    return jnp.pad(x_bt, widths, constant_values=value)
+
+
+def mirrored(x: jax.Array, axis: str | None, dim: int) -> jax.Array:
+    """Within `shard_map`, the second half of `dim` from the device at the mirrored place of `axis`.
+
+    Later queries read more keys. With these halves every device has as many pairs to compute, and
+    the same again gives each half back. Four devices, with eight halves of a row:
+
+        of the row    0 1 | 2 3 | 4 5 | 6 7
+        to compute    0 7 | 2 5 | 4 3 | 6 1
+    """
+    if axis is None:
+        return x
+    first, second = jnp.split(x, 2, dim)
+    last = jax.lax.axis_size(axis) - 1
+    second = jax.lax.ppermute(second, axis, [(i, last - i) for i in range(last + 1)])
+    return jnp.concatenate([first, second], dim)
+
+
+class Queries(NamedTuple):
+    """What reads keys and values."""
+
+    q_bkgth: jax.Array
+    segments_bt: jax.Array
+    places_i: jax.Array  # int32, of each block of queries: its number among those of the whole row
 
 
 class _Saved(NamedTuple):
     """What the backward pass of `_tiled` needs."""
 
-    q_bkgth: jax.Array
-    keys_bksh: jax.Array
+    queries: Queries
+    keys_bksh: jax.Array  # of this device, as values and segments
     values_bksh: jax.Array
     segments_bt: jax.Array
     mixed_bkgth: jax.Array
     lse_bkgt: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _tiled(
-    q_bkgth: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, segments_bt: jax.Array, c: int
+    queries: Queries,
+    keys_bksh: jax.Array,
+    values_bksh: jax.Array,
+    segments_bt: jax.Array,
+    c: int,
+    axis: str | None,
 ) -> jax.Array:
-    return _tiled_fwd(q_bkgth, keys_bksh, values_bksh, segments_bt, c)[0]
+    return _tiled_fwd(queries, keys_bksh, values_bksh, segments_bt, c, axis)[0]
 
 
 def _tiled_fwd(
-    q_bkgth: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, segments_bt: jax.Array, c: int
+    queries: Queries,
+    keys_bksh: jax.Array,
+    values_bksh: jax.Array,
+    segments_bt: jax.Array,
+    c: int,
+    axis: str | None,
 ) -> tuple[jax.Array, _Saved]:
+    q_bkgth = queries.q_bkgth
     b, k, g, t, h = q_bkgth.shape
+    all_keys, all_values, all_segments = _of_whole_rows(keys_bksh, values_bksh, segments_bt, axis)
 
-    def query_block(i: jax.Array) -> Pair:
-        q, segments = _cut(q_bkgth, i, c, 3), _cut(segments_bt, i, c, 1)
+    def query_block(numbers: Pair) -> Pair:
+        i, place = numbers
+        q, segments = _cut(q_bkgth, i, c, 3), _cut(queries.segments_bt, i, c, 1)
 
         def key_block(j: jax.Array, carry: Triple) -> Triple:
             top, total, mixed = carry
-            mask = _tile_mask(i, j, segments, _cut(segments_bt, j, c, 1))
-            score = _tile_scores(q, _cut(keys_bksh, j, c, 2), mask)
+            mask = _tile_mask(place, j, segments, _cut(all_segments, j, c, 1))
+            score = _tile_scores(q, _cut(all_keys, j, c, 2), mask)
             new_top = jnp.maximum(top, jnp.max(score, axis=-1))
             weight = jnp.exp(score - new_top[..., None])
             scale = jnp.exp(top - new_top)
-            add = _product("bkqs,bksh->bkqh", weight, _cut(values_bksh, j, c, 2), g)
+            add = _product("bkqs,bksh->bkqh", weight, _cut(all_values, j, c, 2), g)
             total = total * scale + jnp.sum(weight, axis=-1)
             return new_top, total, mixed * scale[..., None] + add
 
         zero = jnp.zeros((b, k, g, c), jnp.float32)
         start = (zero + MASKED, zero, jnp.zeros((b, k, g, c, h), jnp.float32))
-        top, total, mixed = jax.lax.fori_loop(0, i + 1, key_block, start)
+        top, total, mixed = jax.lax.fori_loop(0, place + 1, key_block, start)
         return (mixed / total[..., None]).astype(q_bkgth.dtype), top + jnp.log(total)
 
-    mixed, lse = jax.lax.map(query_block, jnp.arange(t // c))
+    mixed, lse = jax.lax.map(query_block, (jnp.arange(t // c), queries.places_i))
     mixed_bkgth = jnp.moveaxis(mixed, 0, 3).reshape(q_bkgth.shape)
     lse_bkgt = jnp.moveaxis(lse, 0, 3).reshape(b, k, g, t)
     found = (q_bkgth, keys_bksh, values_bksh, mixed_bkgth, lse_bkgt)
     q_bkgth, keys_bksh, values_bksh, mixed_bkgth, lse_bkgt = (
         checkpoint_name(x, SAVED) for x in found
     )
-    saved = _Saved(q_bkgth, keys_bksh, values_bksh, segments_bt, mixed_bkgth, lse_bkgt)
+    queries = queries._replace(q_bkgth=q_bkgth)
+    saved = _Saved(queries, keys_bksh, values_bksh, segments_bt, mixed_bkgth, lse_bkgt)
     return mixed_bkgth, saved
 
 
+def _of_whole_rows(
+    keys_bksh: jax.Array, values_bksh: jax.Array, segments_bt: jax.Array, axis: str | None
+) -> Triple:
+    """The same of all tokens of the rows. The backward pass gathers them again: none is kept."""
+    if axis is None:
+        return keys_bksh, values_bksh, segments_bt
+    return (
+        jax.lax.all_gather(keys_bksh, axis, axis=2, tiled=True),
+        jax.lax.all_gather(values_bksh, axis, axis=2, tiled=True),
+        jax.lax.all_gather(segments_bt, axis, axis=1, tiled=True),
+    )
+
+
 def _tiled_bwd(
-    c: int, saved: _Saved, grad_bkgth: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """With weights P and their gradient dP: dS = P * (dP - rowsum(dO * O))."""
-    q_bkgth, keys_bksh, values_bksh, segments_bt, mixed_bkgth, lse_bkgt = saved
+    c: int, axis: str | None, saved: _Saved, grad_bkgth: jax.Array
+) -> tuple[Queries, jax.Array, jax.Array, None]:
+    """With weights P and their gradient dP: dS = P * (dP - rowsum(dO * O)).
+
+    Gradients of keys and values are summed over the devices of `axis` in float32.
+    """
+    queries, mixed_bkgth, lse_bkgt = saved.queries, saved.mixed_bkgth, saved.lse_bkgt
+    rows = (saved.keys_bksh, saved.values_bksh, saved.segments_bt)
+    keys_bksh, values_bksh, segments_bt = _of_whole_rows(*rows, axis)
+    q_bkgth = queries.q_bkgth
     g, t = q_bkgth.shape[2:4]
     delta_bkgt = jnp.einsum(
         "bkgth,bkgth->bkgt", grad_bkgth, mixed_bkgth, preferred_element_type=jnp.float32
     )
 
-    def query_block(carry: Pair, i: jax.Array) -> tuple[Pair, jax.Array]:
+    def query_block(carry: Pair, numbers: Pair) -> tuple[Pair, jax.Array]:
+        i, place = numbers
         q, grad, lse, delta = (
             _cut(x, i, c, 3) for x in (q_bkgth, grad_bkgth, lse_bkgt, delta_bkgt)
         )
-        segments = _cut(segments_bt, i, c, 1)
+        segments = _cut(queries.segments_bt, i, c, 1)
 
         def key_block(j: jax.Array, carry: Triple) -> Triple:
             q_grad, key_grads, value_grads = carry
             keys, values = _cut(keys_bksh, j, c, 2), _cut(values_bksh, j, c, 2)
-            mask = _tile_mask(i, j, segments, _cut(segments_bt, j, c, 1))
+            mask = _tile_mask(place, j, segments, _cut(segments_bt, j, c, 1))
             weight = jnp.exp(_tile_scores(q, keys, mask) - lse[..., None])
             weight_grad = _product("bkqh,bksh->bkqs", grad, values, g)
             score_grad = weight * (weight_grad - delta[..., None])
@@ -155,13 +231,21 @@ def _tiled_bwd(
             return q_grad, key_grads, value_grads
 
         start = (jnp.zeros(q.shape, jnp.float32), *carry)
-        q_grad, key_grads, value_grads = jax.lax.fori_loop(0, i + 1, key_block, start)
+        q_grad, key_grads, value_grads = jax.lax.fori_loop(0, place + 1, key_block, start)
         return (key_grads, value_grads), q_grad.astype(q_bkgth.dtype)
 
     zeros = (jnp.zeros(keys_bksh.shape, jnp.float32), jnp.zeros(values_bksh.shape, jnp.float32))
-    (key_grads, value_grads), q_grads = jax.lax.scan(query_block, zeros, jnp.arange(t // c))
+    numbers = (jnp.arange(t // c), queries.places_i)
+    (key_grads, value_grads), q_grads = jax.lax.scan(query_block, zeros, numbers)
+    if axis is not None:
+        key_grads, value_grads = (
+            jax.lax.psum_scatter(x, axis, scatter_dimension=2, tiled=True)
+            for x in (key_grads, value_grads)
+        )
     q_grad = jnp.moveaxis(q_grads, 0, 3).reshape(q_bkgth.shape)
-    return q_grad, key_grads.astype(keys_bksh.dtype), value_grads.astype(values_bksh.dtype), None
+    no_gradient: Any = None  # of integers
+    queries = Queries(q_grad, no_gradient, no_gradient)
+    return queries, key_grads.astype(keys_bksh.dtype), value_grads.astype(values_bksh.dtype), None
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)
@@ -177,7 +261,7 @@ def _add_block(x_bksh: jax.Array, j: jax.Array, add_bkch: jax.Array) -> jax.Arra
 
 
 def _tile_mask(i: jax.Array, j: jax.Array, query_bc: jax.Array, key_bs: jax.Array) -> jax.Array:
-    """[b, c, s] bool for query block i and key block j, given their segments."""
+    """[b, c, s] bool for query block i and key block j of the row, given their segments."""
     c = query_bc.shape[1]
     place = jnp.arange(c)
     causal = (i * c + place)[None, :, None] >= (j * c + place)[None, None, :]

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from opd_jax.core.mesh import axis_size, platform_of
 from opd_jax.errors import ConfigError
 from opd_jax.model.attention import attend, attend_chunked
+from opd_jax.model.attention_mesh import Inputs, on_each_device
 
 KERNEL_OF = {"tpu": "splash", "gpu": "triton"}
 RUNS_ON = {"splash": "tpu", "triton": "gpu"}
@@ -61,9 +62,16 @@ def attend_rows(
         mesh=mesh,
     )
     name = choose_attention(wanted, case)
-    if name in ("chunked", "xla"):
-        plain = attend if name == "xla" else attend_chunked
-        return plain(q_btnh, k_btkh, v_btkh, segments_bt)
+    if name == "xla":
+        return attend(q_btnh, k_btkh, v_btkh, segments_bt)
+    if name == "chunked":
+        if mesh is None or axis_size(mesh, "time") == 1:
+            return attend_chunked(q_btnh, k_btkh, v_btkh, segments_bt)
+
+        def tiles(mine: Inputs) -> jax.Array:
+            return attend_chunked(*mine, axis="context")
+
+        return on_each_device(tiles, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
     from opd_jax.model import attention_kernels  # Pallas takes a second to import
 
     kernels = {

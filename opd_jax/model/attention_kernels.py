@@ -9,7 +9,6 @@ the last token, where no query reads it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,23 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from opd_jax.core.mesh import sharding_for
 from opd_jax.model.attention import SAVED
+from opd_jax.model.attention_mesh import Inputs, on_each_device
 
 TPU_LANES = 128
 SPLASH_BLOCK = 512
 TRITON_SMALLEST_BLOCK = 16  # of a side of a Triton matrix product
-
-
-class Inputs(NamedTuple):
-    """What every implementation takes."""
-
-    q_btnh: jax.Array
-    k_btkh: jax.Array
-    v_btkh: jax.Array
-    segments_bt: jax.Array | None
 
 
 def splash_attention(
@@ -63,7 +53,7 @@ def splash_attention(
         ConfigError: rows, heads or kv heads are not divisible by the mesh.
     """
     local = functools.partial(_splash_local, interpret=interpret)
-    return _on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
+    return on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
 
 
 def triton_attention(
@@ -77,29 +67,7 @@ def triton_attention(
 ) -> jax.Array:
     """The Pallas-Triton kernel of GPUs. Arguments, result and errors of `splash_attention`."""
     local = functools.partial(_triton_local, interpret=interpret)
-    return _on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
-
-
-def _on_each_device(
-    local: Callable[[Inputs], jax.Array], inputs: Inputs, mesh: Mesh | None
-) -> jax.Array:
-    if mesh is None or mesh.size == 1:
-        return local(inputs)
-    kv_axes = ("batch", "time", "kv_heads", "head_dim")
-    axes = (("batch", "time", "heads", "head_dim"), kv_axes, kv_axes, ("batch", "time"))
-    specs = tuple(
-        PartitionSpec()  # stands for no array
-        if x is None
-        else sharding_for(mesh, logical, x.shape, f"attention.{name}").spec
-        for name, x, logical in zip(Inputs._fields, inputs, axes, strict=True)
-    )
-
-    def run(*mine: Any) -> jax.Array:
-        return local(Inputs(*mine))
-
-    # Pallas calls do not say over which mesh axes their results vary, so that check is off.
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return mapped(*inputs)
+    return on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
 
 
 def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:

@@ -1,9 +1,9 @@
 """Where a decode step's weights and activations lie on a mesh: nothing sends a weight.
 
-A training step gathers the weights that `fsdp` cuts, once for thousands of tokens. A decode step
-has a token per row, far less than a weight. So heads, hidden units and the vocabulary are cut over
-`fsdp` and `expert` too, rows over `data` alone, and the activations are sent: every device reads
-its part of each weight once.
+A training step gathers the weights that `fsdp` and `context` cut, once for thousands of
+tokens. A decode step has a token per row, far less than a weight. So heads, hidden units and the
+vocabulary are cut over `fsdp`, `expert` and `context` too, rows over `data` alone, and the
+activations are sent: every device reads its part of each weight once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def cuts(
-    mesh: Mesh, size: int, axes: tuple[str, ...] = ("tensor", "fsdp", "expert")
+    mesh: Mesh, size: int, axes: tuple[str, ...] = ("tensor", "fsdp", "expert", "context")
 ) -> tuple[str, ...]:
     """The most of these mesh axes, from the first on, that divide so many heads or units."""
     prefixes = [axes[:n] for n in range(len(axes) + 1)]
@@ -24,7 +24,7 @@ def cuts(
 
 def hidden_cuts(mesh: Mesh, size: int) -> tuple[str, ...]:
     """The mesh axes that cut an expert's hidden units."""
-    return cuts(mesh, size, ("tensor", "fsdp"))
+    return cuts(mesh, size, ("tensor", "fsdp", "context"))
 
 
 def spread_weight(mesh: Mesh | None, name: str, weight: jax.Array) -> jax.Array:

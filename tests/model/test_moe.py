@@ -116,7 +116,7 @@ def test_experts_lie_over_their_axis_and_a_mesh_must_divide_them():
     message = r"\.moe\.w_down: dim 'experts'=6 is not divisible by mesh axis 'expert'=4"
     with pytest.raises(ConfigError, match=message):
         cut.abstract()
-    with pytest.raises(ConfigError, match=r"'batch'=3 .*'data x fsdp x expert'=4"):
+    with pytest.raises(ConfigError, match=r"'batch'=3 .*mesh axis 'expert'=4"):
         forward(model, params, *inputs(3))
 
 

@@ -10,7 +10,7 @@ from tests.sampling.reference import random_params, tiny_model
 
 @pytest.mark.parametrize(
     ("size", "wanted"),
-    [(8, ("tensor", "fsdp", "expert")), (6, ("tensor",)), (3, ())],
+    [(8, ("tensor", "fsdp", "expert", "context")), (6, ("tensor",)), (3, ())],
 )
 def test_as_many_axes_as_divide_it(size, wanted):
     assert cuts(make_mesh(MeshConfig(tensor=2, fsdp=2)), size) == wanted

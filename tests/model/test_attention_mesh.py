@@ -1,0 +1,107 @@
+"""Attention of rows whose tokens are cut over devices, against the oracle on whole rows."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.sharding import PartitionSpec
+
+from opd_jax.config import MeshConfig
+from opd_jax.core.mesh import make_mesh
+from opd_jax.model.attention import attend_chunked, mirrored
+from opd_jax.model.attention_choice import attend_rows
+from opd_jax.model.attention_mesh import Inputs, on_each_device
+from opd_jax.model.transformer import _remat
+
+
+def inputs(t, kv_heads=2, h=8):
+    """q, k, v, segments that cross the cuts, and the gradient of the output."""
+    rng = np.random.default_rng(t)
+    q, k, v, grad = (
+        rng.normal(size=(2, t, n, h)).astype(np.float32) for n in (4, kv_heads, kv_heads, 4)
+    )
+    segments = np.sort(rng.integers(0, 3, (2, t)), axis=1).astype(np.int32)
+    return q, k, v, segments, grad
+
+
+def cut_attention(mesh, block=8):
+    local = functools.partial(attend_chunked, block=block, axis="context")
+    return lambda *given: on_each_device(lambda mine: local(*mine), Inputs(*given), mesh)
+
+
+def with_gradients(form, q, k, v, segments, grad):
+    out, pull = jax.vjp(lambda q, k, v: form(q, k, v, segments), q, k, v)
+    return out, *pull(grad)
+
+
+MESHES = {
+    "two": MeshConfig(fsdp=1, context=2),
+    "four": MeshConfig(fsdp=1, context=4),
+    "rows too": MeshConfig(fsdp=2, context=2),
+    "heads too": MeshConfig(fsdp=1, tensor=2, context=2),
+}
+
+
+@pytest.mark.parametrize("t", [96, 44], ids=["tiles", "ragged tiles"])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_packed_rows_forward_and_backward(mesh, t):
+    given = inputs(t)
+    got = jax.jit(functools.partial(with_gradients, cut_attention(make_mesh(mesh))))(*given)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, oracles.attention(*given), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "xla"])
+def test_every_form_reads_the_tokens_of_other_devices(wanted):
+    q, k, v, segments, _ = given = inputs(40)
+    form = functools.partial(attend_rows, wanted, make_mesh(MESHES["four"]))
+    want = oracles.attention(*given)[0]
+    np.testing.assert_allclose(jax.jit(form)(q, k, v, segments), want, atol=2e-5)
+
+
+def test_one_segment_per_row():
+    q, k, v, segments, grad = inputs(24)
+    form = cut_attention(make_mesh(MESHES["four"]))
+    want = oracles.attention(q, k, v, np.zeros_like(segments), grad)[0]
+    np.testing.assert_allclose(jax.jit(form)(q, k, v, None), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_every_device_has_as_many_tiles(devices):
+    """A block of queries at place i of the row reads i + 1 blocks of keys."""
+    mesh = make_mesh(MeshConfig(fsdp=1, context=devices))
+    spec = PartitionSpec("context")
+    trade = jax.shard_map(
+        lambda x: mirrored(x, "context", 0), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    places = jnp.arange(devices * 6)
+    traded = trade(places)
+    np.testing.assert_array_equal(trade(traded), places)
+    assert np.unique(jnp.sum(traded.reshape(devices, 6) + 1, axis=1)).size == 1
+
+
+def test_key_and_value_gradients_are_scattered_in_float32():
+    """Their sum over the devices is never rounded to bfloat16."""
+    given = [x if x.dtype == np.int32 else jnp.asarray(x, jnp.bfloat16) for x in inputs(32)]
+    form = functools.partial(with_gradients, cut_attention(make_mesh(MESHES["four"])))
+    text = jax.jit(form).lower(*given).as_text()
+    scattered = re.findall(r"reduce_scatter.*?\}\) : \(tensor<(\S+)>\)", text, re.DOTALL)
+    assert [x.split("x")[-1] for x in scattered] == ["f32", "f32"]
+
+
+@pytest.mark.parametrize(("policy", "forwards"), [("none", 1), ("full", 2)])
+def test_tiles_are_computed_again_only_where_the_policy_says_so(policy, forwards):
+    q, k, v, segments, _ = inputs(32)
+    form = cut_attention(make_mesh(MESHES["four"]))
+    body = _remat(lambda q, k, v: form(q, k, v, segments), policy)
+
+    def products(function):
+        return str(jax.make_jaxpr(function)(q, k, v)).count("dot_general[")
+
+    once = products(lambda *qkv: form(*qkv, segments))
+    both = products(jax.grad(lambda *qkv: jnp.sum(body(*qkv)), argnums=(0, 1, 2)))
+    assert both == 6 + once * forwards  # 5 of the backward pass's tiles, and dO * O
