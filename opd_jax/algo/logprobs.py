@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opd_jax.algo.chunks import cut_time, join_time
 from opd_jax.algo.padding import LOWEST, without_padding
 from opd_jax.core.mesh import axis_size, constrain
 
@@ -117,8 +118,8 @@ def top_k_logprobs(
         values, top_ids = _top_k_of_pieces(logprob_bcnv, k)
         return None, TopK(jnp.sum(target_bcn, axis=-1), entropy_bc, top_ids, values)
 
-    _, out = jax.lax.scan(body, None, (_cut(hidden_btd, chunk), _cut(ids_bt, chunk)))
-    return jax.tree.map(lambda x: _join(x, hidden_btd.shape[1]), out)
+    _, out = jax.lax.scan(body, None, (cut_time(hidden_btd, chunk), cut_time(ids_bt, chunk)))
+    return jax.tree.map(lambda x: join_time(x, hidden_btd.shape[1]), out)
 
 
 def _top_k_of_pieces(logprob_bcnv: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -140,23 +141,12 @@ def _chunk(hidden_btd: jax.Array, chunk_tokens: int) -> int:
     return min(t, max(1, chunk_tokens // b))
 
 
-def _cut(x: jax.Array, chunk: int) -> jax.Array:
-    """[b, t, ...] -> [t / chunk, b, chunk, ...], zero-padded at the end of t."""
-    b, t = x.shape[:2]
-    count = -(-t // chunk)
-    padded = jnp.pad(x, [(0, 0), (0, count * chunk - t)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(padded.reshape(b, count, chunk, *x.shape[2:]), 1, 0)
+def _pieces(t: int, entries: int, ways: int) -> int:
+    """Time steps at once, of `entries` numbers each, that stay below `BLOCK_LOGITS` numbers.
 
-
-def _join(x: jax.Array, t: int) -> jax.Array:
-    """The inverse of `_cut`."""
-    count, b, chunk = x.shape[:3]
-    return jnp.moveaxis(x, 0, 1).reshape(b, count * chunk, *x.shape[3:])[:, :t]
-
-
-def _pieces(t: int, entries: int) -> int:
-    """Time steps at once, of `entries` numbers each, that stay below `BLOCK_LOGITS` numbers."""
-    return min(t, max(1, BLOCK_LOGITS // entries))
+    But at least one of each of `ways` parts.
+    """
+    return min(t, max(1, BLOCK_LOGITS // entries // ways) * ways)
 
 
 def _pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
@@ -210,16 +200,23 @@ def _chosen_bwd(
 ) -> tuple[jax.Array, jax.Array, None]:
     grad_bts = cotangents[0].astype(jnp.float32)
     hidden_btd, head_vd = _normaliser_grads(saved, -jnp.sum(grad_bts, axis=-1), plan)
-    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, hidden_btd, head_vd)
+    ways = 1 if plan.mesh is None else axis_size(plan.mesh, "time")
+    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, (hidden_btd, head_vd), ways)
     return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None
 
 
 def _add_chosen_grads(
-    saved: _Saved, grad_bts: jax.Array, hidden_grad_btd: jax.Array, head_grad_vd: jax.Array
+    saved: _Saved, grad_bts: jax.Array, grads: tuple[jax.Array, jax.Array], ways: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What the chosen rows' products give, added in float32, some time steps at once."""
+    """What the chosen rows' products give, added in float32, some time steps at once.
+
+    Args:
+        grads: of hidden states and head, so far.
+        ways: into how many parts the mesh cuts t.
+    """
+    hidden_grad_btd, head_grad_vd = grads
     b, t, s = grad_bts.shape
-    chunk = _pieces(t, b * s * saved.hidden_btd.shape[-1])
+    chunk = _pieces(t, b * s * saved.hidden_btd.shape[-1], ways)
 
     def body(head_grad: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden_bcd, ids_bcs, grad_bcs = xs
@@ -234,9 +231,9 @@ def _add_chosen_grads(
     if chunk == t:
         head_grad_vd, more_btd = body(head_grad_vd, arrays)
     else:
-        cut = tuple(_cut(x, chunk) for x in arrays)
+        cut = tuple(cut_time(x, chunk, ways) for x in arrays)
         head_grad_vd, more = jax.lax.scan(body, head_grad_vd, cut)
-        more_btd = _join(more, t)
+        more_btd = join_time(more, t, ways)
     return hidden_grad_btd + more_btd, head_grad_vd
 
 

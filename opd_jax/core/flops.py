@@ -27,7 +27,7 @@ def count_flops(program: ClosedJaxpr, given: Sequence[np.ndarray | None] | None 
     """2 for each multiplication of all `dot_general` and `ragged_dot` in a program.
 
     Of the branches of a choice that is not known the largest counts; of a program cut over a mesh
-    within `shard_map`, what one device does.
+    within `shard_map`, what the first device does.
 
     Args:
         program: as `jax.make_jaxpr` gives it.
@@ -176,8 +176,13 @@ def _cond(params: dict[str, Any], known: Known) -> tuple[int, Known]:
     return max(counted), [None] * len(branches[0].jaxpr.outvars)
 
 
+def _first_device(_params: dict[str, Any], _known: Known) -> tuple[int, Known]:
+    return 0, [np.zeros((), np.int32)]
+
+
 CONTROL: dict[str, Callable[[dict[str, Any], Known], tuple[int, Known]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "axis_index": _first_device,
 }

@@ -11,6 +11,7 @@ How a record becomes a row (`p` = 3, response `20 21 1`):
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -22,8 +23,14 @@ Batch = dict[str, np.ndarray]
 T = TypeVar("T")
 
 
-def bucket_length(longest: int, multiple: int = 16) -> int:
-    """The smallest multiple that holds `longest`: few shapes, few compilations."""
+def row_multiple(parts: int = 1) -> int:
+    """Lengths of rows are multiples of it, where a mesh cuts their tokens into `parts`."""
+    return math.lcm(16, parts)
+
+
+def bucket_length(longest: int, parts: int = 1) -> int:
+    """The smallest multiple of `row_multiple` that holds `longest`: few shapes to compile."""
+    multiple = row_multiple(parts)
     return -(-longest // multiple) * multiple
 
 

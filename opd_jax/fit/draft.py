@@ -56,8 +56,8 @@ def _bytes(leaf: Any) -> int:
 
 
 def rows_of(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An array of a batch, cut by rows over the mesh."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(setup.mesh))
+    """An array of a batch, cut over the mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(setup.mesh, len(shape)))
 
 
 def on_one(model: LanguageModel) -> LanguageModel:

@@ -53,7 +53,10 @@ def coarse_bucket_of(length: int) -> int:
 
 
 def plan_prefills(
-    prompts: Sequence[int], rows: Callable[[int], int], bucket: Callable[[int], int] | None
+    prompts: Sequence[int],
+    rows: Callable[[int], int],
+    bucket: Callable[[int], int] | None,
+    parts: int = 1,
 ) -> Prefills:
     """Shapes for prompts of these lengths.
 
@@ -61,11 +64,10 @@ def plan_prefills(
         rows: prompts of a prefill, given its padded length.
         bucket: the padded length of a prompt; `None`: those lengths, at most `MOST_BUCKETS`, that
             pad the least, counting the empty rows of the last prefill of each.
+        parts: into how many parts the mesh cuts the tokens of a row.
     """
-    if bucket is None:
-        lengths = _fitted(prompts, rows)
-    else:
-        lengths = sorted({bucket(length) for length in prompts})
+    lengths = _fitted(prompts, rows) if bucket is None else map(bucket, prompts)
+    lengths = sorted({-(-length // parts) * parts for length in lengths})
     return Prefills(tuple(lengths), tuple(rows(length) for length in lengths))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax.config import SamplingConfig
-from opd_jax.core.mesh import platform_of, put_batch
+from opd_jax.core.mesh import axis_size, platform_of, put_batch
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.cache import Pages
@@ -128,7 +128,8 @@ def _plan_prefills(
         some = min(max(enough // length, least), most, MOST_PREFILL_TOKENS // length)
         return max(some // pages.shards, 1) * pages.shards
 
-    return plan_prefills(distinct, rows, job.bucket)
+    parts = 1 if job.model.mesh is None else axis_size(job.model.mesh, "time")
+    return plan_prefills(distinct, rows, job.bucket, parts)
 
 
 def generate(

@@ -30,7 +30,7 @@ from opd_jax.stages.common import Stage
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, Spent, StageRecords, exists
 from opd_jax.stages.summary import write_summary
-from opd_jax.train.jobs import check_batches
+from opd_jax.train.jobs import check_batches, check_row_tokens
 
 PARTS = ("inputs", "run", "artefacts", "extras", "gap")  # not every stage has the last two
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
@@ -117,6 +117,7 @@ def open_run(
             StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
     mesh = make_mesh(config.mesh)
     check_batches(config, axis_size(mesh, "batch"))
+    check_row_tokens(config, axis_size(mesh, "time"))
     return RunContext(config, run_dir, mesh, StageRecords(run_dir), profile, share)
 
 

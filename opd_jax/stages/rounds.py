@@ -76,7 +76,8 @@ class RoundRollouts:
         prompt_r, response_r = first.snapshot.lengths()
         later = max(len(ids) for _, ids in prompts) + ctx.config.rollout.max_new_tokens
         longest = max(later, int((prompt_r + response_r).max()))
-        self.packing = Packing.of(self.run, longest, axis_size(ctx.mesh, "batch"), support)
+        ways, parts = (axis_size(ctx.mesh, axis) for axis in ("batch", "time"))
+        self.packing = Packing.of(self.run, longest, ways, support, parts)
         rounds.snapshots[:] = [first.snapshot.hash]
         self._use(first)
 

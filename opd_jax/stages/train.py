@@ -104,6 +104,11 @@ def run(ctx: RunContext, name: str) -> Outcome:
     return Outcome({"model": identity.to_json(), **made_of}, counts)
 
 
+def _packing(ctx: RunContext, config: TrainRun, longest: int, support: int) -> Packing:
+    ways, parts = (axis_size(ctx.mesh, axis) for axis in ("batch", "time"))
+    return Packing.of(config, longest, ways, support, parts)
+
+
 def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:
     stage = f"train.{name}"
     store = open_store(ctx.store_root("rollouts"))
@@ -120,7 +125,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
     rounds = None if config.refresh is None else Rounds(config.refresh, config.steps)
     if rounds is None:
         longest = int((prompt_r + response_r).max())
-        packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
+        packing = _packing(ctx, config, longest, support)
         source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
         if kept:
             probes.append(rollout_probe(ctx, snapshot, scores, kept, config.tau))
@@ -191,7 +196,7 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Jso
         text=ctx.tokenizer("student").decode if ctx.config.rollout.stop else None,
     )
     longest = max(len(ids) for _, ids in teacher.prompts) + ctx.config.rollout.max_new_tokens
-    packing = Packing.of(config, longest, axis_size(ctx.mesh, "batch"), support)
+    packing = _packing(ctx, config, longest, support)
     source = online_source(teacher, config, packing)
     fresh = fresh_probe(ctx, config, sorted(out), scorer)
     return Prepared(source, [fresh] if fresh else [], Guard(config.guard)), lineage

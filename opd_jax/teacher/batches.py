@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd_jax.core.lineage import fingerprint_json
-from opd_jax.data.collate import best_fit, bucket_length
+from opd_jax.data.collate import best_fit, bucket_length, row_multiple
 from opd_jax.teacher.score import Scorer
 
 LITTLE_PADDING = 0.02  # nothing else is tried once so little is left
@@ -47,7 +47,7 @@ def score_batches(tokens_r: np.ndarray, scorer: Scorer) -> list[ScoreBatch]:
     """
     tokens_r = np.asarray(tokens_r) - 1
     best: list[ScoreBatch] | None = None
-    for lengths in _choices(tokens_r, scorer.batch_tokens):
+    for lengths in _choices(tokens_r, scorer.batch_tokens, scorer.parts):
         found = _cut(tokens_r, lengths, scorer)
         if best is None or _cost(found, scorer) < _cost(best, scorer):
             best = found
@@ -57,14 +57,14 @@ def score_batches(tokens_r: np.ndarray, scorer: Scorer) -> list[ScoreBatch]:
     return best
 
 
-def _choices(tokens_r: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
+def _choices(tokens_r: np.ndarray, batch_tokens: int, parts: int) -> Iterator[list[int]]:
     """Lengths of rows to try, shortest first: a single one, then several, longest record last."""
-    longest = int(tokens_r.max())
-    single = [bucket_length(int(factor * longest)) for factor in ROW_FACTORS]
+    longest, step = int(tokens_r.max()), row_multiple(parts)
+    single = [bucket_length(int(factor * longest), parts) for factor in ROW_FACTORS]
     yield from ([length] for length in single if length <= batch_tokens or length == single[0])
     if single[0] <= batch_tokens:
-        yield [max(batch_tokens // 16 * 16, single[0])]
-    edges, count = np.unique(-(-tokens_r // 16) * 16, return_counts=True)
+        yield [max(batch_tokens // step * step, single[0])]
+    edges, count = np.unique(-(-tokens_r // step) * step, return_counts=True)
     for number in LENGTHS:
         if number <= len(edges):
             yield _lengths(edges, count, number)

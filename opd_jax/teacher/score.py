@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.algo.logprobs import CHUNK_TOKENS, chosen_logprobs, top_k_logprobs
-from opd_jax.core.mesh import axis_size, put_batch, replicated
+from opd_jax.core.mesh import axis_size, constrain, put_batch, replicated
 from opd_jax.data.collate import best_fit, packed_rows
 from opd_jax.data.records import Record, Scores
 from opd_jax.errors import DataError, ModelError
-from opd_jax.model.transformer import LanguageModel, Params
+from opd_jax.model.transformer import HIDDEN_AXES, LanguageModel, Params
 
 REPAIR = {"teacher": "check the folder", "student": "lower optim.learning_rate"}
 POSITIVE_TOLERANCE = 1e-4  # float32 log-sum-exp can round a certain token's log-prob above 0
@@ -71,12 +71,17 @@ class Scorer:
         """Into how many parts the mesh cuts the rows of a batch."""
         return 1 if self.model.mesh is None else axis_size(self.model.mesh, "batch")
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the mesh cuts the tokens of a row."""
+        return 1 if self.model.mesh is None else axis_size(self.model.mesh, "time")
+
     def rows(self, length: int) -> int:
         """How many rows of that length make a batch; a multiple of `ways`."""
         return max(self.batch_tokens // length // self.ways, 1) * self.ways
 
     def score_all(self, records: Sequence[Record], length: int) -> list[Scores]:
-        """Score records in their order, in packed rows of `length` tokens.
+        """Score records in their order, in packed rows of `length` tokens, a multiple of `parts`.
 
         A batch that is not full has as few rows as a power of two times `ways` allows: few shapes.
         """
@@ -188,17 +193,25 @@ def score_program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], S
     def program(params: Params, batch: dict[str, jax.Array]) -> ScoreOut:
         inputs = (batch[name] for name in ("input_bt", "positions_bt", "segments_bt"))
         hidden_btd = model.forward(params, *inputs).hidden_btd
-        hidden_btd = jnp.take_along_axis(hidden_btd, batch["column_bt"][..., None], axis=1)
-        head, target_bt = model.head_parameter(params), batch["target_bt"]
+
+        # Columns move across cuts of the tokens; a device takes its share of each loop's columns.
+        def whole(x: jax.Array) -> jax.Array:
+            return constrain(x, model.mesh, ("batch", *["replicated"] * (x.ndim - 1)), "columns")
+
+        column_bt1, target_bt = whole(batch["column_bt"][..., None]), whole(batch["target_bt"])
+        hidden_btd = jnp.take_along_axis(whole(hidden_btd), column_bt1, axis=1)
+        head = model.head_parameter(params)
         b, t = target_bt.shape
-        width = min(t, max(CHUNK_TOKENS // b, 1))
+        ways = 1 if model.mesh is None else axis_size(model.mesh, "time")
+        width = min(t, max(CHUNK_TOKENS // b // ways, 1) * ways)
 
         # The last columns may be computed twice, to the same values: slices stop at the end.
         def body(number: jax.Array, out: ScoreOut) -> ScoreOut:
             def cut(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, number * width, width, axis=1)
 
-            found = _some(model, top_k, head, cut(hidden_btd), cut(target_bt))
+            hidden = constrain(cut(hidden_btd), model.mesh, HIDDEN_AXES, "hidden")
+            found = _some(model, top_k, head, hidden, cut(target_bt))
             return jax.tree.map(
                 lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, number * width, axis=1),
                 out,

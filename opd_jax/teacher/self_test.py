@@ -38,8 +38,8 @@ def self_test(scorer: Scorer, snapshot: Snapshot, batch: ScoreBatch) -> str:
     few = packed[:1]
     first, second = (scorer.score(few, batch.length, scorer.ways) for _ in range(2))
     turned = [list(reversed(row)) for row in packed]
-    length = batch.length + (MORE_COLUMNS if batch.rows == scorer.ways else 0)
-    whole = scorer.score(turned, length, batch.rows)[: len(few[0])][::-1]
+    more = MORE_COLUMNS * scorer.parts if batch.rows == scorer.ways else 0
+    whole = scorer.score(turned, batch.length + more, batch.rows)[: len(few[0])][::-1]
     _check_values(scorer, _joined(first))
     again = _difference(few[0], first, second)
     other = _difference(few[0], first, whole)

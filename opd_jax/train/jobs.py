@@ -33,6 +33,20 @@ def check_batches(config: Config, ways: int) -> None:
             )
 
 
+def check_row_tokens(config: Config, parts: int) -> None:
+    """Raises ConfigError if rows of a wanted length cannot be cut into `parts`.
+
+    Where the config leaves it open, a length that can be is chosen.
+    """
+    rows = {key: getattr(loop, "row_tokens", None) for key, loop in loops_of(config).items()}
+    for key, tokens in rows.items():
+        if tokens is not None and tokens % parts:
+            raise ConfigError(
+                f"{key}.row_tokens={tokens} is not divisible over {parts} devices (mesh.context); "
+                f"set it to {-(-tokens // parts) * parts}, or change the mesh"
+            )
+
+
 def objective_of(loop: LoopConfig) -> Objective:
     """The objective of SFT (and of the control, which is more of it) or of an OPD run."""
     if not isinstance(loop, TrainRun):

@@ -115,7 +115,8 @@ class FreshProbe:
             figures |= _with_error("fresh_accuracy", accuracy_estimate(right, clusters))
         if self.teacher is not None:
             longest = max(len(ids) for _, ids in self.prompts) + self.sampling.max_new_tokens
-            found = self.teacher.score_all(records, bucket_length(longest - 1))
+            length = bucket_length(longest - 1, self.teacher.parts)
+            found = self.teacher.score_all(records, length)
             student, teacher = ([r.student_logprob for r in records], [s.logprob for s in found])
             figures |= _with_error(
                 "fresh_reverse_kl", reverse_kl_estimate(student, teacher, clusters)
@@ -132,7 +133,7 @@ class FreshProbe:
 
 def _scored(scorer: Scorer, records: Sequence[Record]) -> list[Scores]:
     longest = max(len(r.prompt_ids) + len(r.response_ids) for r in records)
-    return scorer.score_all(records, bucket_length(longest - 1))
+    return scorer.score_all(records, bucket_length(longest - 1, scorer.parts))
 
 
 def _with_error(name: str, estimate: Estimate) -> Figures:

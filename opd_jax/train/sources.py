@@ -110,13 +110,16 @@ class Packing:
     per_token: bool = False
 
     @staticmethod
-    def of(run: TrainRun, longest: int, ways: int, support: int) -> Packing:
+    def of(run: TrainRun, longest: int, ways: int, support: int, parts: int = 1) -> Packing:
         """The packing of a run whose longest record has `longest` tokens.
+
+        Args:
+            parts: into how many parts the mesh cuts the tokens of a row.
 
         Raises:
             ConfigError: its rows are too short.
         """
-        row_tokens = run.row_tokens or bucket_length(longest - 1)
+        row_tokens = run.row_tokens or bucket_length(longest - 1, parts)
         if row_tokens < longest - 1:
             raise ConfigError(
                 f"row_tokens={row_tokens} is too short for the longest response, {longest} tokens "
