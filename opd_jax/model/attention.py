@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from opd_jax.model.attention_mesh import mirrored
+
 NO_SEGMENT = -(2**31)  # of padding; no token has it
 MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
 BLOCK = 256
@@ -88,23 +90,6 @@ def pad_time(x_bt: jax.Array, multiple: int, value: int = 0) -> jax.Array:
     """[b, t, ...] with whole multiples of tokens."""
     widths = [(0, 0), (0, -x_bt.shape[1] % multiple)] + [(0, 0)] * (x_bt.ndim - 2)
     return jnp.pad(x_bt, widths, constant_values=value)
-
-
-def mirrored(x: jax.Array, axis: str | None, dim: int) -> jax.Array:
-    """Within `shard_map`, the second half of `dim` from the device at the mirrored place of `axis`.
-
-    Later queries read more keys. With these halves every device has as many pairs to compute, and
-    the same again gives each half back. Four devices, with eight halves of a row:
-
-        of the row    0 1 | 2 3 | 4 5 | 6 7
-        to compute    0 7 | 2 5 | 4 3 | 6 1
-    """
-    if axis is None:
-        return x
-    first, second = jnp.split(x, 2, dim)
-    last = jax.lax.axis_size(axis) - 1
-    second = jax.lax.ppermute(second, axis, [(i, last - i) for i in range(last + 1)])
-    return jnp.concatenate([first, second], dim)
 
 
 class Queries(NamedTuple):

@@ -86,13 +86,14 @@ def choose_attention(wanted: str, case: AttentionCase) -> str:
 
     | name | what | chosen by `auto` for |
     |---|---|---|
-    | `splash` | Pallas kernel of TPUs | TPU, from 128 tokens |
+    | `splash` | Pallas kernel of TPUs | TPU, from 128 tokens of a row on a device |
     | `triton` | Pallas-Triton kernel of GPUs | GPU, from 128 tokens, heads up to 128 |
     | `chunked` | tiles of scores, plain XLA | the rest |
     | `xla` | all scores at once, plain XLA | nothing: on CPU it takes two to three times as long |
 
-    A kernel runs per device on whole rows and heads; `auto` leaves what the mesh does not divide
-    to `chunked`.
+    A kernel runs per device on its rows and heads; `auto` leaves what the mesh does not divide to
+    `chunked`. Where `mesh.context` cuts the tokens of rows, `splash` and `chunked` give every
+    device as much to compute; `triton` cannot, and GPUs take `chunked`.
 
     Args:
         wanted: `model.attention`: "auto", or one of the names.
@@ -107,9 +108,14 @@ def choose_attention(wanted: str, case: AttentionCase) -> str:
     return wanted
 
 
+def _ways(case: AttentionCase, logical: str) -> int:
+    return 1 if case.mesh is None else axis_size(case.mesh, logical)
+
+
 def _best(case: AttentionCase) -> str:
     kernel = KERNEL_OF.get(case.platform)
-    if kernel and case.tokens >= SHORTEST_FOR_KERNEL and _problem(kernel, case) is None:
+    tokens = case.tokens // _ways(case, "time")
+    if kernel and tokens >= SHORTEST_FOR_KERNEL and _problem(kernel, case) is None:
         return kernel
     return "chunked"
 
@@ -120,11 +126,14 @@ def _problem(name: str, case: AttentionCase) -> str | None:
         return None
     if case.platform != RUNS_ON[name]:
         return f"runs on {RUNS_ON[name]} only, and the devices are {case.platform}"
-    sizes = {"batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads}
+    sizes = {"batch": case.batch, "time": case.tokens}
+    sizes |= {"heads": case.heads, "kv_heads": case.kv_heads}
     for logical, size in sizes.items():
-        ways = 1 if case.mesh is None else axis_size(case.mesh, logical)
+        ways = _ways(case, logical)
         if size % ways:
             return f"cuts '{logical}'={size} into {ways} equal parts on this mesh, which fails"
+    if name == "triton" and _ways(case, "time") > 1:
+        return "reads whole rows, and mesh.context cuts them"
     if name == "triton" and case.head_dim > LARGEST_TRITON_HEAD:
         return f"takes heads up to {LARGEST_TRITON_HEAD}, not {case.head_dim}"
     return None

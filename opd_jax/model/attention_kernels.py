@@ -13,14 +13,22 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from opd_jax.model.attention import SAVED
-from opd_jax.model.attention_mesh import Inputs, on_each_device
+from opd_jax.core.mesh import axis_size
+from opd_jax.model.attention import NO_SEGMENT, SAVED, pad_time
+from opd_jax.model.attention_mesh import (
+    Inputs,
+    mirrored,
+    mirrored_halves,
+    on_each_device,
+    whole_rows,
+)
 
 TPU_LANES = 128
 SPLASH_BLOCK = 512
@@ -43,17 +51,20 @@ def splash_attention(
         k_btkh: keys of the same tokens.
         v_btkh: values of the same tokens.
         segments_bt: int32; tokens attend within their segment. `None`: one segment per row.
-        mesh: rows go over its axes of `batch`, heads over those of `heads`; `None`: one device.
+        mesh: rows go over its axes of `batch`, heads over those of `heads`, the tokens of a row
+            over that of `time`; `None`: one device.
         interpret: run the kernel step by step on any platform, for tests.
 
     Returns:
         [b, t, n, h] in the dtype of `q_btnh`.
 
     Raises:
-        ConfigError: rows, heads or kv heads are not divisible by the mesh.
+        ConfigError: rows, tokens, heads or kv heads are not divisible by the mesh.
     """
-    local = functools.partial(_splash_local, interpret=interpret)
-    return on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
+    inputs = Inputs(q_btnh, k_btkh, v_btkh, segments_bt)
+    if mesh is not None and axis_size(mesh, "time") > 1:
+        return _splash_of_parts(inputs, mesh, interpret=interpret)
+    return on_each_device(functools.partial(_splash_local, interpret=interpret), inputs, mesh)
 
 
 def triton_attention(
@@ -65,7 +76,10 @@ def triton_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """The Pallas-Triton kernel of GPUs. Arguments, result and errors of `splash_attention`."""
+    """The Pallas-Triton kernel of GPUs. Arguments, result and errors of `splash_attention`.
+
+    But its queries and keys are of the same tokens: the mesh does not cut those of a row.
+    """
     local = functools.partial(_triton_local, interpret=interpret)
     return on_each_device(local, Inputs(q_btnh, k_btkh, v_btkh, segments_bt), mesh)
 
@@ -84,6 +98,18 @@ def _splash_local(inputs: Inputs, *, interpret: bool) -> jax.Array:
     q, k, v = (_pad(_pad(x, 1, block), 3, head_multiple) for x in (q * h**-0.5, k, v))
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     padded = q.shape[2]
+    kernel = _splash_kernel(masks.CausalMask((padded, padded)), n, block, interpret=interpret)
+    ids = None
+    if segments is not None:
+        ids_bt = _pad(segments, 1, block)
+        ids = splash.SegmentIds(ids_bt, ids_bt)
+    out: Any = jax.vmap(kernel)(q, k, v, ids)  # typed as if it could return residuals
+    return jnp.moveaxis(out, 2, 1)[:, :t, :, :h]
+
+
+def _splash_kernel(
+    mask: masks.CausalMask, heads: int, block: int, *, parts: int = 1, interpret: bool
+) -> splash.SplashAttentionKernel:
     sizes = splash.BlockSizes(
         **dict.fromkeys(
             ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"),
@@ -92,21 +118,45 @@ def _splash_local(inputs: Inputs, *, interpret: bool) -> jax.Array:
         # The fused backward kernel writes dq once per kv block: t / block times its memory.
         use_fused_bwd_kernel=False,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((padded, padded))] * n)
-    kernel = splash.make_splash_mha(
-        mask,
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=parts,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
-    ids = None
-    if segments is not None:
-        ids_bt = _pad(segments, 1, block)
-        ids = splash.SegmentIds(ids_bt, ids_bt)
-    out: Any = jax.vmap(kernel)(q, k, v, ids)  # typed as if it could return residuals
-    return jnp.moveaxis(out, 2, 1)[:, :t, :, :h]
+
+
+def _splash_of_parts(inputs: Inputs, mesh: Mesh, *, interpret: bool) -> jax.Array:
+    """Rows whose tokens are cut: each device has the mask of the queries that it computes."""
+    parts = axis_size(mesh, "time")
+    b, t, n, _ = inputs.q_btnh.shape
+    block = splash_block(-(-t // parts // 2))
+    half = -(-t // parts // (2 * block)) * block
+    places = mirrored_halves(parts).reshape(-1, 1) * half + np.arange(half)
+    mask = masks.CausalMask((places.size, places.size))
+    mask.q_sequence = places.reshape(-1).astype(np.int32)
+    heads = n // axis_size(mesh, "heads")
+    kernel = _splash_kernel(mask, heads, block, parts=parts, interpret=interpret)
+    spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "context")))
+    if inputs.segments_bt is None:
+        inputs = inputs._replace(segments_bt=jnp.zeros((b, t), jnp.int32))
+    local = functools.partial(_splash_part, multiple=2 * block)
+    return on_each_device(local, inputs, mesh, (kernel, spec))
+
+
+def _splash_part(inputs: Inputs, kernel: Any, *, multiple: int) -> jax.Array:
+    q, k, v, segments = inputs
+    _, t, _, h = q.shape
+    head_multiple = TPU_LANES if h > TPU_LANES else 1
+    q, k, v = (_pad(pad_time(x, multiple), 3, head_multiple) for x in (q * h**-0.5, k, v))
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
+    ids_bt = pad_time(cast(jax.Array, segments), multiple, NO_SEGMENT)
+    ids = splash.SegmentIds(mirrored(ids_bt, "context", 1), whole_rows(ids_bt, "context", 1))
+    k, v = (whole_rows(x, "context", 2) for x in (k, v))
+    out: Any = jax.vmap(kernel)(mirrored(q, "context", 2), k, v, ids)
+    return jnp.moveaxis(mirrored(out, "context", 2), 2, 1)[:, :t, :, :h]
 
 
 def splash_block(t: int) -> int:

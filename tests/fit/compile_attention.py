@@ -1,6 +1,6 @@
 """Run in a process of its own: compile attention for absent devices, print its size.
 
-python tests/fit/compile_attention.py v5e:2x2 splash bfloat16 16384 128 packed
+python tests/fit/compile_attention.py v5e:2x2 splash bfloat16 16384 128 packed fsdp
 """
 
 import json
@@ -20,9 +20,11 @@ from opd_jax.model.attention_choice import AttentionCase, attend_rows, choose_at
 HEADS, KV_HEADS = 16, 4
 
 
-def main(target: str, name: str, dtype: str, tokens: str, head_dim: str, rows: str) -> None:
+def main(
+    target: str, name: str, dtype: str, tokens: str, head_dim: str, rows: str, axis: str
+) -> None:
     t, h, packed = int(tokens), int(head_dim), rows == "packed"
-    mesh = make_mesh(MeshConfig(tensor=2), devices_of(target)[:4])
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, "tensor": 2, axis: 2}), devices_of(target)[:4])
     case = AttentionCase(
         platform_of(mesh), dtype, 2, t, HEADS, KV_HEADS, h, packed=packed, mesh=mesh
     )
@@ -33,13 +35,13 @@ def main(target: str, name: str, dtype: str, tokens: str, head_dim: str, rows: s
         return jnp.sum(mixed.astype(jnp.float32) ** 2)
 
     def array(heads):
-        sharding = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+        sharding = NamedSharding(mesh, PartitionSpec("fsdp", "context", "tensor"))
         return jax.ShapeDtypeStruct((2, t, heads, h), dtype, sharding=sharding)
 
     segments = None
     if packed:
-        rows_only = NamedSharding(mesh, PartitionSpec("fsdp"))
-        segments = jax.ShapeDtypeStruct((2, t), jnp.int32, sharding=rows_only)
+        tokens_only = NamedSharding(mesh, PartitionSpec("fsdp", "context"))
+        segments = jax.ShapeDtypeStruct((2, t), jnp.int32, sharding=tokens_only)
     start = time.monotonic()
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     compiled = step.lower(array(HEADS), array(KV_HEADS), array(KV_HEADS), segments).compile()

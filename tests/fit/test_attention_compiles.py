@@ -12,12 +12,14 @@ from opd_jax.fit.topology import devices_of, environment
 
 SCRIPT = Path(__file__).with_name("compile_attention.py")
 CASES = [
-    ("v5e:2x2", "splash", "bfloat16", 16384, 128, "packed"),
-    ("v5e:2x2", "splash", "float32", 4096, 64, "whole"),
-    ("h100:4", "triton", "bfloat16", 16384, 128, "packed"),
-    ("h100:4", "triton", "float32", 4096, 64, "whole"),
-    ("v5e:2x2", "chunked", "bfloat16", 16384, 128, "packed"),
-    ("h100:4", "chunked", "bfloat16", 16384, 256, "packed"),
+    ("v5e:2x2", "splash", "bfloat16", 16384, 128, "packed", "fsdp"),
+    ("v5e:2x2", "splash", "float32", 4096, 64, "whole", "fsdp"),
+    ("h100:4", "triton", "bfloat16", 16384, 128, "packed", "fsdp"),
+    ("h100:4", "triton", "float32", 4096, 64, "whole", "fsdp"),
+    ("v5e:2x2", "chunked", "bfloat16", 16384, 128, "packed", "fsdp"),
+    ("h100:4", "chunked", "bfloat16", 16384, 256, "packed", "fsdp"),
+    ("v5e:2x2", "splash", "bfloat16", 16384, 128, "packed", "context"),
+    ("h100:4", "chunked", "bfloat16", 16384, 128, "packed", "context"),
 ]
 
 

@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec
 
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh
-from opd_jax.model.attention import attend_chunked, mirrored
+from opd_jax.model import attention_kernels
+from opd_jax.model.attention import attend_chunked
 from opd_jax.model.attention_choice import attend_rows
-from opd_jax.model.attention_mesh import Inputs, on_each_device
+from opd_jax.model.attention_kernels import splash_attention
+from opd_jax.model.attention_mesh import Inputs, mirrored, mirrored_halves, on_each_device
 from opd_jax.model.transformer import _remat
 
 
@@ -81,6 +83,8 @@ def test_every_device_has_as_many_tiles(devices):
     places = jnp.arange(devices * 6)
     traded = trade(places)
     np.testing.assert_array_equal(trade(traded), places)
+    halves = places.reshape(-1, 3)[mirrored_halves(devices)].reshape(-1)
+    np.testing.assert_array_equal(traded, halves)
     assert np.unique(jnp.sum(traded.reshape(devices, 6) + 1, axis=1)).size == 1
 
 
@@ -105,3 +109,21 @@ def test_tiles_are_computed_again_only_where_the_policy_says_so(policy, forwards
     once = products(lambda *qkv: form(*qkv, segments))
     both = products(jax.grad(lambda *qkv: jnp.sum(body(*qkv)), argnums=(0, 1, 2)))
     assert both == 6 + once * forwards  # 5 of the backward pass's tiles, and dO * O
+
+
+@pytest.mark.parametrize(
+    ("t", "mesh"),
+    [
+        pytest.param(600, MESHES["two"], marks=pytest.mark.slow),
+        pytest.param(1200, MESHES["four"], marks=pytest.mark.slow),
+        (512, MESHES["heads too"]),
+    ],
+    ids=["two", "four", "heads too"],
+)
+def test_the_kernel_of_tpus(t, mesh, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
+    given = inputs(t)
+    kernel = functools.partial(splash_attention, mesh=make_mesh(mesh), interpret=True)
+    got = jax.jit(functools.partial(with_gradients, kernel))(*given)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, oracles.attention(*given), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5, err_msg=name)
