@@ -180,9 +180,16 @@ def _first_device(_params: dict[str, Any], _known: Known) -> tuple[int, Known]:
     return 0, [np.zeros((), np.int32)]
 
 
+def _from_others(_params: dict[str, Any], known: Known) -> tuple[int, Known]:
+    """What devices send each other is not followed."""
+    return 0, [None] * len(known)
+
+
+COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter")
 CONTROL: dict[str, Callable[[dict[str, Any], Known], tuple[int, Known]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
     "axis_index": _first_device,
+    **dict.fromkeys(COLLECTIVES, _from_others),
 }

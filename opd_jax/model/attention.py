@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from opd_jax.model.attention_mesh import mirrored
+from opd_jax.model.attention_mesh import mirrored, places
 
 NO_SEGMENT = -(2**31)  # of padding; no token has it
 MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
@@ -76,12 +76,9 @@ def attend_chunked(
     segments = pad_time(segments_bt, multiple, NO_SEGMENT)
     q_bkgth = jnp.moveaxis((q * (h**-0.5)).reshape(b, -1, k, n // k, h), 1, 3)
     rows = (jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), segments)
-    count = q_bkgth.shape[3] // c
-    places_i = jnp.arange(count)
-    if axis is not None:
-        places_i += count * jax.lax.axis_index(axis)
-    traded = (mirrored(x, axis, dim) for x, dim in ((q_bkgth, 3), (segments, 1), (places_i, 0)))
-    mixed = cast(jax.Array, _tiled(Queries(*traded), *rows, c, axis))  # `custom_vjp` hides the type
+    places_i = places(q_bkgth.shape[3] // c, axis)
+    queries = Queries(mirrored(q_bkgth, axis, 3), mirrored(segments, axis, 1), places_i)
+    mixed = cast(jax.Array, _tiled(queries, *rows, c, axis))  # `custom_vjp` hides the type
     mixed_bkgth = mirrored(mixed, axis, 3)
     return jnp.moveaxis(mixed_bkgth, 3, 1).reshape(b, -1, n, h)[:, :t]
 

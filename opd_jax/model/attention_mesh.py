@@ -82,6 +82,15 @@ def mirrored_halves(parts: int) -> np.ndarray:
     return np.stack([halves[:, 0], halves[::-1, 1]], axis=1)
 
 
+def places(count: int, axis: str | None) -> jax.Array:
+    """int32 [count]: where in the row this device's blocks of tokens lie after `mirrored`."""
+    if axis is None:
+        return jnp.arange(count)
+    halves = jnp.asarray(mirrored_halves(jax.lax.axis_size(axis)), jnp.int32)
+    mine = halves[jax.lax.axis_index(axis)]
+    return (mine[:, None] * (count // 2) + jnp.arange(count // 2)[None]).reshape(count)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole_rows(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Within `shard_map`: all devices' parts of `dim`. Gradients are summed in float32."""

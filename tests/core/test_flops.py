@@ -1,11 +1,17 @@
 """FLOPs against hand counts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.config import MeshConfig
 from opd_jax.core.flops import count_flops
+from opd_jax.core.mesh import make_mesh
+from opd_jax.model.attention import attend_chunked
+from opd_jax.model.attention_mesh import Inputs, on_each_device
 
 A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
 SQUARE = jnp.zeros((4, 4))
@@ -47,6 +53,22 @@ def test_a_loop_within_a_scan_that_depends_on_its_trip():
         return jax.lax.scan(row, x, jnp.arange(5))[0]
 
     assert counted(triangle, SQUARE) == 15 * 2 * 4**3
+
+
+def test_tiles_of_rows_that_a_mesh_cuts():
+    """What a device does is the same on all of them: together, what one does."""
+    shape = jnp.zeros((1, 96, 2, 8))
+
+    def loss(axis, q, k, v):
+        tiles = functools.partial(attend_chunked, block=12, axis=axis)
+        mesh = make_mesh(MeshConfig(fsdp=1, context=4)) if axis else None
+        return jnp.sum(on_each_device(lambda mine: tiles(*mine), Inputs(q, k, v, None), mesh))
+
+    whole, part = (
+        counted(jax.grad(functools.partial(loss, axis), (0, 1, 2)), shape, shape, shape)
+        for axis in (None, "context")
+    )
+    assert part == whole / 4
 
 
 def test_a_loop_whose_end_follows_from_an_input():

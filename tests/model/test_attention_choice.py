@@ -39,6 +39,15 @@ def test_the_mesh_may_rule_a_kernel_out():
     assert choose_attention("auto", case(platform="gpu", mesh=mesh, kv_heads=1)) == "chunked"
 
 
+def test_cut_rows():
+    mesh = make_mesh(MeshConfig(fsdp=1, context=4))
+    assert choose_attention("auto", case(platform="tpu", mesh=mesh, tokens=512)) == "splash"
+    assert choose_attention("auto", case(platform="tpu", mesh=mesh, tokens=508)) == "chunked"
+    assert choose_attention("auto", case(platform="gpu", mesh=mesh)) == "chunked"
+    with pytest.raises(ConfigError, match=r"reads whole rows, and mesh\.context cuts them; set it"):
+        choose_attention("triton", case(platform="gpu", mesh=mesh))
+
+
 @pytest.mark.parametrize("name", ["xla", "chunked"])
 def test_xla_does_everything_that_is_asked_of_it(name):
     assert choose_attention(name, case(platform="tpu")) == name

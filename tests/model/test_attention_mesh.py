@@ -16,7 +16,7 @@ from opd_jax.model import attention_kernels
 from opd_jax.model.attention import attend_chunked
 from opd_jax.model.attention_choice import attend_rows
 from opd_jax.model.attention_kernels import splash_attention
-from opd_jax.model.attention_mesh import Inputs, mirrored, mirrored_halves, on_each_device
+from opd_jax.model.attention_mesh import Inputs, mirrored, on_each_device, places
 from opd_jax.model.transformer import _remat
 
 
@@ -80,11 +80,11 @@ def test_every_device_has_as_many_tiles(devices):
     trade = jax.shard_map(
         lambda x: mirrored(x, "context", 0), mesh=mesh, in_specs=spec, out_specs=spec
     )
-    places = jnp.arange(devices * 6)
-    traded = trade(places)
-    np.testing.assert_array_equal(trade(traded), places)
-    halves = places.reshape(-1, 3)[mirrored_halves(devices)].reshape(-1)
-    np.testing.assert_array_equal(traded, halves)
+    blocks = jnp.arange(devices * 6)
+    traded = trade(blocks)
+    np.testing.assert_array_equal(trade(traded), blocks)
+    told = jax.shard_map(lambda: places(6, "context"), mesh=mesh, in_specs=(), out_specs=spec)()
+    np.testing.assert_array_equal(traded, told)
     assert np.unique(jnp.sum(traded.reshape(devices, 6) + 1, axis=1)).size == 1
 
 

@@ -72,6 +72,17 @@ def test_given_buckets_are_taken(bucket):
     assert found.rows == tuple(1024 // length for length in found.lengths)
 
 
+def test_a_mesh_cuts_every_length():
+    for bucket in (None, bucket_of):
+        whole, cut = (
+            plan_prefills([3, 17, 20, 300], lambda length: 1024 // length, bucket, parts)
+            for parts in (1, 12)
+        )
+        assert cut.lengths == tuple(sorted({-(-length // 12) * 12 for length in whole.lengths}))
+        assert cut.lengths != whole.lengths
+        assert cut.rows == tuple(1024 // length for length in cut.lengths)
+
+
 def test_padding_of_long_tailed_lengths_is_small():
     rng = np.random.default_rng(0)
     prompts = np.minimum(rng.lognormal(5, 0.7, 2000).astype(int) + 1, 4096).tolist()

@@ -109,6 +109,7 @@ def test_slots_order_and_rounds_do_not_matter():
         ("qwen3_moe", {"fsdp": 2, "tensor": 2}),
         ("qwen3_moe", {"data": 2, "fsdp": 1, "expert": 2}),
         ("qwen3_moe", {"fsdp": 2, "expert": 2}),
+        ("qwen3_moe", {"fsdp": 2, "context": 2}),
     ],
 )
 def test_a_mesh_gives_the_samples_of_one_device(family, sizes):

@@ -177,6 +177,14 @@ def test_batches_that_the_devices_cannot_share(refused):
     assert "train.runs.opd.micro_batch_size=2 is not divisible over 4 devices" in text
 
 
+def test_rows_that_the_devices_cannot_cut(refused):
+    mesh = ("mesh.fsdp=1", "mesh.context=4")
+    text = refused(*mesh, "sft.row_tokens=90")
+    assert "sft.row_tokens=90 is not divisible over 4 devices (mesh.context); set it to 92" in text
+    text = refused(*mesh, "sft.row_tokens=96", "train.runs.opd.row_tokens=98")
+    assert "train.runs.opd.row_tokens=98 is not divisible over 4 devices" in text
+
+
 def test_run_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(arguments(tmp_path / "file" / "run")) == 2

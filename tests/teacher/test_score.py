@@ -40,7 +40,9 @@ def oracle_logprobs(model, params, record):
     return oracles.log_softmax(logits)[len(record.prompt_ids) - 1 :]
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2)]
+)
 def test_scores_equal_an_unpadded_forward_in_float64(mesh):
     model, params = tiny(mesh=mesh and make_mesh(mesh))
     plain, _ = tiny()

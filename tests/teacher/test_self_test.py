@@ -33,9 +33,11 @@ def run_test(scorer, snapshot):
     return self_test(scorer, snapshot, batches[0])
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, context=3)], ids=str
+)
 def test_a_sound_teacher_passes(snapshot, mesh):
-    model, params = tiny(mesh=mesh and make_mesh(mesh))
+    model, params = tiny(mesh=mesh and make_mesh(mesh), embed_dim=48)
     line = run_test(Scorer(model, params, batch_tokens=256), snapshot)
     assert "the same twice to the bit" in line
 

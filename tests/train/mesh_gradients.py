@@ -81,6 +81,7 @@ def largest_differences(objective, mesh, pieces=1, **changes):
 
 
 def main():
+    jax.config.update("jax_disable_most_optimizations", True)  # as in `conftest.py`
     for name, (sizes, changes) in EIGHT.items():
         found = largest_differences(Objective("sampled"), MeshConfig(**sizes), **changes)
         json.dump({name: found}, sys.stdout)

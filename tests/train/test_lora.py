@@ -108,9 +108,10 @@ def test_the_adapters_learn():
 
 
 @pytest.mark.slow
-def test_four_devices_train_the_adapters_of_one():
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2)])
+def test_four_devices_train_the_adapters_of_one(mesh):
     losses, adapters = trained()
-    four, same = trained(MeshConfig(fsdp=2, tensor=2))
+    four, same = trained(mesh)
     np.testing.assert_allclose(four, losses, atol=1e-5)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapters), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)

@@ -99,6 +99,8 @@ def test_per_token_weights_are_all_one(scored):
     assert len(batch["mask_bt"]) % 4 == 0
     with pytest.raises(ConfigError, match="row_tokens=8 is too short for the longest response, 10"):
         Packing.of(TrainRun(row_tokens=8), longest=10, ways=1, support=0)
+    for parts, wanted in ((1, 16), (2, 16), (3, 48), (32, 32)):
+        assert Packing.of(run, longest=9, ways=4, support=0, parts=parts).row_tokens == wanted
 
 
 def test_sft_rows_hold_every_answer_once_an_epoch(scored):
