@@ -34,7 +34,7 @@ def test_segments_cross_the_cuts():
         pytest.param(Objective("sft"), 1, marks=pytest.mark.slow),
         pytest.param(Objective("topk", tail=True), 1, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["sampled", "in two pieces", "sft", "topk"],
 )
 def test_tokens_cut_over_context(objective, pieces):
     assert max(largest_differences(objective, CONTEXT, pieces)) < 1e-5
