@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_jax.algo import logprobs
+from opd_jax.algo.chunks import cut_time, join_time
 from opd_jax.algo.logprobs import chosen_logprobs, top_k_logprobs
 from opd_jax.config import MeshConfig
-from opd_jax.core.mesh import make_mesh
+from opd_jax.core.mesh import make_mesh, put_batch
 
 
 def arrays(b, t, d, v, s, seed=0):
@@ -61,6 +64,33 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, mesh, monkeypatch):
         jax.grad(ours, (0, 1))(hidden, head), jax.grad(plain, (0, 1))(hidden, head), strict=True
     ):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradient_where_a_mesh_cuts_the_tokens(parts, monkeypatch):
+    monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 50)  # chunks of one token of each part
+    hidden, head, ids, weight = arrays(2, 12, 6, 38, 2)
+
+    def total(mesh, hidden, head):
+        return jnp.sum(weight * chosen_logprobs(hidden, head, ids, mesh, 7).logprob_bts)
+
+    mesh = make_mesh(MeshConfig(fsdp=1, context=parts))
+    cut = put_batch(mesh, hidden)
+    for got, want in zip(
+        jax.jit(jax.grad(functools.partial(total, mesh), (0, 1)))(cut, head),
+        jax.grad(functools.partial(total, None), (0, 1))(hidden, head),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize(("chunk", "ways"), [(5, 1), (4, 2), (6, 3), (12, 1)])
+def test_every_part_gives_its_share_of_every_chunk(chunk, ways):
+    x = np.arange(2 * 12 * 3).reshape(2, 12, 3)
+    cut = cut_time(x, chunk, ways)
+    np.testing.assert_array_equal(join_time(cut, 12, ways), x)
+    parts = x.reshape(2, ways, -1, 3)[:, :, : chunk // ways]
+    np.testing.assert_array_equal(cut[0], parts.reshape(2, chunk, 3))
 
 
 @MESHES
