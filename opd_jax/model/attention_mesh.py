@@ -93,7 +93,10 @@ def places(count: int, axis: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole_rows(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Within `shard_map`: all devices' parts of `dim`. Gradients are summed in float32."""
+    """Within `shard_map`: all devices' parts of `dim`.
+
+    Gradients are summed in float32, unless the compiler rounds its sums as it likes.
+    """
     return jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
