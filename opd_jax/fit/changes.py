@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from opd_jax.config import Config
 from opd_jax.fit.results import ProgramReport
 
-ALL_FSDP = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1}
+ALL_FSDP = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1, "context": 1}
 ACTIVATIONS = "activations and temporaries"
 CAUTION = 0.8
 """What is left of the rows for which there should be room: not all temporaries shrink with rows."""

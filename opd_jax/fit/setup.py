@@ -22,7 +22,7 @@ from opd_jax.fit.targets import Target, parse_target
 from opd_jax.fit.topology import devices_of
 from opd_jax.model.load import architecture_of, padding_start
 from opd_jax.model.transformer import LanguageModel
-from opd_jax.train.jobs import check_batches
+from opd_jax.train.jobs import check_batches, check_row_tokens
 
 Role = Literal["student", "teacher"]
 Split = Literal["sft", "opd"]
@@ -105,4 +105,5 @@ def open_setup(config: Config, target: str) -> Setup:
     """
     mesh = make_mesh(config.mesh, devices_of(target))
     check_batches(config, axis_size(mesh, "batch"))
+    check_row_tokens(config, axis_size(mesh, "time"))
     return Setup(config, parse_target(target), mesh)

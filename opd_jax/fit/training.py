@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from opd_jax.config_train import LoopConfig, TrainRun
 from opd_jax.core.flops import count_flops
+from opd_jax.core.mesh import axis_size
 from opd_jax.data.collate import best_fit
 from opd_jax.fit.draft import Draft, context_of, device_bytes, on_one, rows_of
 from opd_jax.fit.results import Bytes
@@ -108,7 +109,8 @@ def opd_shape(setup: Setup, loop: LoopConfig) -> Shape:
     longest = setup.prompt_tokens(model, config.rollout) + config.rollout.max_new_tokens
     topk = loop.objective == "topk"
     support = support_size(config.score.top_k, loop.support) if topk else 0
-    packing = Packing.of(loop, longest, setup.ways, support)
+    parts = axis_size(setup.mesh, "time")
+    packing = Packing.of(loop, longest, setup.ways, support, parts)
     count = loop.batch_size
     if loop.batch_tokens is not None:
         count = max(loop.batch_tokens // longest, 1)
