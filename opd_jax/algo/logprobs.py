@@ -26,6 +26,7 @@ from opd_jax.core.mesh import axis_size, constrain
 
 BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
+MAX_BLOCK = 4096  # a float32 sum of more terms, one after the other, loses digits
 KEPT_LOGITS = 2**27  # half a GiB
 CHUNK_TOKENS = 1024
 
@@ -80,7 +81,7 @@ def chosen_logprobs(
     """
     (b, t, d), v = hidden_btd.shape, head_vd.shape[0]
     shards = 1 if mesh is None else axis_size(mesh, "vocab")
-    fitting = block_rows or max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards))
+    fitting = block_rows or min(max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards)), MAX_BLOCK)
     keep = b * t <= d and b * t * v <= KEPT_LOGITS
     size = v // shards
     plan = _Plan(mesh, shards, size, min(size, fitting), keep, padded_from)
