@@ -223,15 +223,16 @@ def plot(seeds, objectives, rates, path):
     panels.savefig(path)
 
 
-def guarded(found, config, blind):
+def guarded(found, config, limited, blind):
     """What the guard makes of a recorded run: (stopped after, kept state, its reverse KL).
 
     Args:
+        limited: as the run has its guard: drift is a danger to sampled tokens alone.
         blind: without the figures that need the teacher or a grader.
     """
     from opd_jax.train.guard import Guard
 
-    guard, stopped = Guard(config), max(found)
+    guard, stopped = Guard(config, limited=limited), max(found)
     for step in sorted(found):
         figures = {k: v for k, v in found[step].items() if not (blind and k.startswith("fresh_"))}
         if guard.look(step, figures).stop:
@@ -255,9 +256,11 @@ def print_rescued(seeds, objectives, rates):
             if not runs or any("heldout_token_log_w" not in run[0] for run in runs):
                 continue
             ends = [median(run[step]["fresh_reverse_kl"] for run in runs) for step in (0, STEPS)]
-            told = []
+            told, limited = [], OBJECTIVES[name]["objective"] == "sampled"
             for blind in (False, True):
-                stopped, _, kl = zip(*(guarded(r, config, blind) for r in runs), strict=True)
+                stopped, _, kl = zip(
+                    *(guarded(r, config, limited, blind) for r in runs), strict=True
+                )
                 told.append(f"({median(kl):.3f}, {median(stopped):.0f})")
             cells = [f"{kl:.3f}" for kl in ends] + told
             print(f"{SHOWN.get(name, name):24} x{rate:<5g}" + "  ".join(f"{c:14}" for c in cells))
