@@ -120,14 +120,13 @@ def test_a_padded_student_learns_the_same_and_its_padding_nothing(mesh):
     }
 
     def gradient(model, params):
-        def mean(params):  # as it is trained on; the sum's gradient has entries of 20 and more
-            loss = batch_loss(model, Objective("sft"), params, batch)
-            return loss.total / loss.divisor
+        return jax.jit(
+            jax.grad(lambda params: batch_loss(model, Objective("sft"), params, batch).total)
+        )(params)
 
-        return jax.jit(jax.grad(mean))(params)
-
-    want = gradient(*tiny(tie_embeddings=False))
+    # Both on one mesh: what a mesh changes in the last digits is no matter of padding.
+    want = gradient(*tiny(mesh and make_mesh(mesh), tie_embeddings=False))
     got = gradient(*padded(mesh and make_mesh(mesh), tied=False))
     assert not np.any(got["head"][TOKENS:])
-    np.testing.assert_allclose(got["head"][:TOKENS], want["head"], atol=1e-6)
-    np.testing.assert_allclose(got["embed"][:TOKENS], want["embed"], atol=1e-6)
+    np.testing.assert_allclose(got["head"][:TOKENS], want["head"], atol=1e-5)
+    np.testing.assert_allclose(got["embed"][:TOKENS], want["embed"], atol=1e-5)
