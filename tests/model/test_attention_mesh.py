@@ -9,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from jax.sharding import PartitionSpec
+from test_attention import inputs
 
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh
@@ -18,16 +19,6 @@ from opd_jax.model.attention_choice import attend_rows
 from opd_jax.model.attention_kernels import splash_attention
 from opd_jax.model.attention_mesh import Inputs, mirrored, on_each_device, places
 from opd_jax.model.transformer import _remat
-
-
-def inputs(t, kv_heads=2, h=8):
-    """q, k, v, segments that cross the cuts, and the gradient of the output."""
-    rng = np.random.default_rng(t)
-    q, k, v, grad = (
-        rng.normal(size=(2, t, n, h)).astype(np.float32) for n in (4, kv_heads, kv_heads, 4)
-    )
-    segments = np.sort(rng.integers(0, 3, (2, t)), axis=1).astype(np.int32)
-    return q, k, v, segments, grad
 
 
 def cut_attention(mesh, block=8):
