@@ -143,6 +143,8 @@ class Config(Frozen):
     evaluate: EvaluateConfig = EvaluateConfig()
     flush_seconds: float = Field(default=20.0, ge=0)
     """Sampling and scoring commit what they have this often: at most so much is lost to a kill."""
+    compile_cache: Annotated[str, Field(min_length=1)] | None = "auto"
+    """A folder to keep compiled programs in; `auto`: one in the user's cache; `None`: nowhere."""
     tensorboard: bool = False
     """TensorBoard files beside `metrics.jsonl`."""
     wandb: Annotated[str, Field(min_length=1)] | None = None

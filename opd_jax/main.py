@@ -139,9 +139,12 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
     config = load_config(arguments.config, arguments.overrides)
     # jax and what builds on it take seconds to import: a misspelt key should not wait for them.
+    from opd_jax.core import compile_cache
+
     if _talks(arguments):
         from opd_jax.stages import chat
 
+        compile_cache.keep_compiled(config.compile_cache)
         chat.run(config, arguments.checkpoint, arguments.prompt)
         return 0
     stages = None if arguments.stages is None else _names([arguments.stages])
@@ -152,6 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from opd_jax.core import distributed
 
     given = arguments.coordinator, arguments.processes, arguments.rank
+    compile_cache.keep_compiled(config.compile_cache)
     distributed.start(*given, found=arguments.distributed)
     from opd_jax.core import preemption
     from opd_jax.stages import pipeline

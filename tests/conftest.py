@@ -1,7 +1,13 @@
 """Every test runs on 4 fake CPU devices, without network, with silent rank promotion an error."""
 
 import os
+import tempfile
 
+# One folder of compiled programs for all workers and processes of these tests, and for no others.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    kept = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XLA_FLAGS"] = (

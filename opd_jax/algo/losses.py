@@ -213,7 +213,7 @@ def diagnostics(tokens: TokenLogprobs, terms: Terms) -> Sums:
         "large_advantage": jnp.abs(adv_bt) > 1,
         "clipped": jnp.abs(gap_bt) > terms.tau,
         "w": w_bt,
-        "w_squared": w_bt**2,
+        "w_spread": jnp.where(tokens.mask_bt, (w_bt - 1.0) ** 2, 0.0),  # about 1: near it, exact
     }
     if terms.ratio_clip is not None:
         moved_bt = jnp.abs(w_bt - 1.0) > terms.ratio_clip
@@ -223,9 +223,9 @@ def diagnostics(tokens: TokenLogprobs, terms: Terms) -> Sums:
 
 
 def averages(sums: dict[str, float]) -> dict[str, float]:
-    """Per-token means of added-up `sums`, with the standard deviation of w in place of w^2."""
+    """Per-token means of added-up `sums`, with the standard deviation of w for its spread."""
     tokens = max(sums["tokens"], 1.0)
     means = {name: value / tokens for name, value in sums.items() if name != "tokens"}
-    if "w_squared" in means:
-        means["w_std"] = max(means.pop("w_squared") - means["w"] ** 2, 0.0) ** 0.5
+    if "w_spread" in means:
+        means["w_std"] = max(means.pop("w_spread") - (means["w"] - 1.0) ** 2, 0.0) ** 0.5
     return {**means, "tokens": sums["tokens"]}

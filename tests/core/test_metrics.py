@@ -114,10 +114,16 @@ def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_weights_and_biases_gets_the_same_figures(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    write(tmp_path, 0, 3, wandb="demo")
+def test_weights_and_biases_gets_the_same_figures(tmp_path):
+    code = (
+        "import sys\n"
+        "from opd_jax.core.metrics import MetricsWriter\n"
+        "with MetricsWriter(sys.argv[1], 'train', 'opd', wandb='demo') as writer:\n"
+        "    for step in range(3): writer.write(step, {'loss': step})\n"
+    )
+    env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    # A process of its own: its end is what the service that writes the file waits for.
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, check=True)
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"loss" in log.read_bytes()
     assert steps(tmp_path) == [0, 1, 2]
