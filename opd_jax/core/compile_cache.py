@@ -54,9 +54,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         lines = []
-    words = {
-        word for line in lines if line.startswith(("flags", "Features")) for word in line.split()
-    }
+    told += [line for line in lines if line.startswith(("flags", "Features"))][:1]
     return f"{platform.machine()}-{hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
 
 
