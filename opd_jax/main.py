@@ -13,13 +13,18 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from opd_jax.config_load import load_config
 from opd_jax.errors import ConfigError, OPDError, Preempted
 
+if TYPE_CHECKING:
+    from opd_jax.core.liveness import Liveness
+
 _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplotlib")
 
+LOST_CONNECTION = r"(?i)gloo|nccl|unavailable|connection|deadline|heartbeat|coordination"
+"""In an error that may come from another process being gone."""
 STORE_TOOLS = ("inspect", "verify", "gc")
 NOT_WITH_STORE = (
     *("config", "stages", "force", "plan", "fit", "profile", "prompt", "chat", "checkpoint"),
@@ -41,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline, or look after a store.
 
     The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged or
-    a config that `--fit` finds too large, 130 for Ctrl-C, 143 for SIGTERM.
+    a config that `--fit` finds too large, 4 if another process is gone, 130 for Ctrl-C, 143 for
+    SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
@@ -49,19 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(words)
         alone = _talks(arguments) or _store_tool(arguments)
         goes_on = "" if alone else "; the same command goes on from here"
-        return _run(arguments)
+        code = _run(arguments)
     except (OPDError, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
         print(f"opd_jax: error: {_one_line(error)}", file=sys.stderr)
-        _leave_others()
-        return 2
+        code = 2
+        if (watcher := _watcher()) is not None:
+            watcher.failed(_one_line(error), code)
     except Preempted as notice:
         print(f"opd_jax: {notice}{goes_on}", file=sys.stderr)
-        return 143
+        code = 143
     except KeyboardInterrupt:
         print(f"opd_jax: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        code = 130
+    except Exception as error:
+        if (watcher := _watcher()) is None:
+            raise
+        if re.search(LOST_CONNECTION, str(error)):
+            watcher.await_verdict()
+        traceback.print_exc()
+        watcher.failed(f"{type(error).__name__}: {_one_line(error)}", 1)
+    if (watcher := _watcher()) is not None:
+        watcher.stop()
+    return code
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -237,12 +254,10 @@ def _share(arguments: argparse.Namespace) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
-def _leave_others() -> None:
-    """With several processes, end at once: an orderly shutdown would wait for all the others."""
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stderr.flush()
-        os._exit(2)
+def _watcher() -> Liveness | None:
+    """What tells the other processes how this one ends, if there are others."""
+    module = sys.modules.get("opd_jax.core.liveness")
+    return None if module is None else module.Liveness.here
 
 
 def _names(texts: Sequence[str]) -> list[str]:

@@ -153,7 +153,7 @@ def test_a_wrong_command_line_is_one_line(words, expected, capsys):
 
 
 def test_processes_are_joined_before_the_pipeline_runs(config_path, pipeline, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *at: pipeline.calls.append(at))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *at, **_: pipeline.calls.append(at))
     words = ["--config", config_path, "--coordinator", "host:1", "--processes", "2", "--rank", "1"]
     assert main(words) == 0
     assert pipeline.calls[0] == ("host:1", 2, 1)

@@ -6,9 +6,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from opd_jax.core import liveness
 from opd_jax.errors import ConfigError
 
 TEXT_BYTES = 256
+HEARTBEAT_SECONDS = 80
+"""After half of it to all of it JAX aborts who has lost another; `liveness` comes before."""
 
 
 def start(
@@ -32,6 +35,7 @@ def start(
                 "and --rank, or it"
             )
         _join_found()
+        liveness.watch()
         return
     if not any(given):
         return
@@ -39,12 +43,15 @@ def start(
         raise ConfigError("--coordinator, --processes and --rank belong together: give all three")
     if not 0 <= rank < processes:
         raise ConfigError(f"--rank {rank} is not below --processes {processes}")
-    jax.distributed.initialize(coordinator, processes, rank)
+    jax.distributed.initialize(
+        coordinator, processes, rank, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+    liveness.watch()
 
 
 def _join_found() -> None:
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:  # of JAX, where no cluster that it knows is recognised
         raise ConfigError(
             "--distributed: the environment tells of no other processes (no TPU slice, Slurm step, "

@@ -1,0 +1,122 @@
+"""One of two processes is killed, or fails: the other one names it and ends, and both go on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_kill import inside
+from test_processes import assert_same_samples, free_port, losses
+from tiny_run import ROOT, arguments
+
+from opd_jax.core import liveness
+
+LIMIT_SECONDS = 400
+RUN = "train.enabled=[opd]"
+# (stage, who is killed): process 0, with which the coordination service goes, and the other one.
+KILLS = (("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1))
+# The same program, with less patience.
+HASTY = (
+    "import sys; from opd_jax.core import liveness; liveness.SILENT_SECONDS = 8.0; "
+    "from opd_jax.main import main; sys.exit(main())"
+)
+
+
+def start(run_dir, *words, processes=2, program=("-m", "opd_jax.main")):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *program, *arguments(run_dir, RUN, *words)]
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [*command, *(() if processes == 1 else (*flags, "--rank", str(rank)))],
+            cwd=ROOT,
+            env=environment,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(processes)
+    ]
+
+
+def said(process):
+    return process.communicate(timeout=LIMIT_SECONDS)[0].decode()
+
+
+def finish(run_dir, processes):
+    for process in start(run_dir, processes=processes):
+        output = said(process)
+        assert process.returncode == 0, output
+
+
+def kill_one(run_dir, stage, rank, program):
+    """What the other one says, its exit code, and how many seconds after the kill it ends."""
+    pair = start(run_dir, program=program)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not inside(run_dir, stage):
+        assert all(process.poll() is None for process in pair), [said(process) for process in pair]
+        assert time.monotonic() < deadline, f"{stage} never began"
+        time.sleep(0.002)
+    pair[rank].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    other = pair[1 - rank]
+    output = said(other)
+    seconds = time.monotonic() - killed
+    said(pair[rank])
+    return output, other.returncode, seconds
+
+
+def parameters(run_dir):
+    return load_file(run_dir / "export" / "opd" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_in_each_stage(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finish(straight, 2)
+    for stage, rank in KILLS:
+        program = ("-m", "opd_jax.main") if stage == "answer" else ("-c", HASTY)
+        output, code, seconds = kill_one(killed, stage, rank, program)
+        assert seconds < 60, stage
+        last = output.rstrip().splitlines()[-1]
+        assert last.startswith(f"opd_jax: error: process {rank} ("), output
+        assert last.endswith("on every host again, it goes on from here"), output
+        # JAX itself aborts who has lost the coordination service, with a trace before that line.
+        assert code == (-signal.SIGABRT if rank == 0 else liveness.LOST), output
+        if rank > 0:
+            assert "Traceback" not in output
+    one, four = (shutil.copytree(killed, tmp_path / name) for name in ("one", "four"))
+    finish(killed, 2)
+    want = parameters(straight)
+    assert_same_samples(straight, killed)
+    assert losses(killed) == losses(straight)
+    for name, value in parameters(killed).items():
+        assert np.array_equal(value, want[name]), name
+    for run_dir, processes in ((one, 1), (four, 4)):
+        finish(run_dir, processes)
+        for name, value in parameters(run_dir).items():
+            np.testing.assert_allclose(value, want[name], atol=1e-5, err_msg=f"{processes} {name}")
+
+
+@pytest.mark.slow
+def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(tmp_path):
+    """Process 1 alone finds its disk full, as it seems to it."""
+    spoilt = (
+        "import sys; from opd_jax.errors import DataError\n"
+        "from opd_jax.stages import sft\n"
+        "def run(ctx): raise DataError('the disk of this host is full')\n"
+        "if sys.argv[-1] == '1': sft.run = run\n"
+        "from opd_jax.main import main; sys.exit(main())"
+    )
+    pair = start(tmp_path / "run", program=("-c", spoilt))
+    outputs = [said(process) for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], "\n".join(outputs)
+    assert outputs[1].rstrip().endswith("opd_jax: error: the disk of this host is full")
+    last = outputs[0].rstrip().splitlines()[-1]
+    assert last.startswith("opd_jax: error: process 1 (")
+    assert ") failed: the disk of this host is full; start the same command" in last
