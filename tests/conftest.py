@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tiny models spend their time in the compiler: here it does the same programs with less polish, in a
+# Tiny models spend their time in the compiler: it does the same programs with less polish, in a
 # third of the time. Exactness is also tested on what users run: OPD_JAX_OPTIMIZED=1, as .ci/run
 # sets it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
