@@ -18,7 +18,7 @@ with open(os.environ["CALLS"], "a") as file:
 
 
 class Host:
-    """A folder to start in, with stand-ins for programs; the usual ones note how they were called."""
+    """A folder to start in, with stand-ins for programs, which note how they were called."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -11,7 +11,8 @@ from types import SimpleNamespace as Some
 calls = []
 labels = {"job-name": "opd-jax-hosts-0"}
 owner = Some(controller=True, kind="Job")
-pod = Some(metadata=Some(labels=labels, owner_references=[owner], name="p"), spec=Some(subdomain="x"))
+about = Some(labels=labels, owner_references=[owner], name="p")
+pod = Some(metadata=about, spec=Some(subdomain="x"))
 job = Some(
     metadata=Some(name="opd-jax-hosts-0", labels={"jobset.sigs.k8s.io/jobset-name": "opd-jax"}),
     spec=Some(parallelism=2),
