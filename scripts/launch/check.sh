@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check the launchers with the tools of their platforms, in temporary environments: bash scripts/launch/check.sh
-# From the package index: shellcheck, the models of Kubernetes and JobSet, XPK, SkyPilot (about 2 GB unpacked).
+# From the package index: shellcheck, the models of Kubernetes and JobSet, XPK, SkyPilot (about 1 GB unpacked).
 # Used if they are here: kubectl, systemd-analyze, and sbatch with a Slurm controller that answers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
