@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Generator
@@ -14,6 +15,8 @@ from jax.experimental import multihost_utils
 
 from opd_jax.errors import Preempted
 
+_asked = itertools.count()  # how often this process has asked, in all its trainings
+
 
 class Preemption:
     """While it is entered, SIGTERM ends nothing by itself.
@@ -21,7 +24,7 @@ class Preemption:
     with Preemption() as notice:
         for step in range(steps):
             ...
-            notice.ask(step)
+            notice.ask()
             if notice.came: save and stop
     """
 
@@ -65,10 +68,11 @@ class Preemption:
         if self._ours:
             signal.signal(signal.SIGTERM, self._before)  # pyright: ignore[reportArgumentType]
 
-    def ask(self, step: int) -> None:
-        """All processes have to ask at every step: `came` is then the same on all of them."""
-        # The service says so at one step only, which may be one that no run can stop at.
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def ask(self) -> None:
+        """All processes have to ask equally often: `came` is then the same on all of them."""
+        # The service says so at one number alone, the next after its last question (0 at first).
+        # Steps could miss it: a run that goes on, or the next training, begins with another.
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_asked)):
             self.came = True
 
 

@@ -140,7 +140,7 @@ def run_training(
             run.began(done, batch, metrics)
             saver.settle()
             done += 1
-            notice.ask(done)
+            notice.ask()
             run.evaluate(done, functools.partial(model_of, state))
             turned = watch is not None and watch.turn(done)
             if turned or run.over(done) or done % job.loop.save_every == 0:
