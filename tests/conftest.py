@@ -1,5 +1,6 @@
 """Every test runs on 4 fake CPU devices, without network, with silent rank promotion an error."""
 
+import gc
 import os
 import tempfile
 
@@ -7,7 +8,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     kept = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models spend their time in the compiler: it does the same programs with less polish, in a
@@ -27,6 +28,8 @@ import pytest
 import s3_server
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.freeze()  # what was imported stays: the collector need not look at it over and over
+gc.set_threshold(50_000, 20, 50)
 if not os.environ.get("OPD_JAX_OPTIMIZED"):
     jax.config.update("jax_disable_most_optimizations", True)
 

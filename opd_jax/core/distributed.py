@@ -28,6 +28,10 @@ def start(
             environment does not tell of other processes.
     """
     given = [value is not None for value in (coordinator, processes, rank)]
+    if found or all(given):
+        # CPUs run programs that were dispatched side by side in any order; two processes that meet
+        # in the collectives of different programs would wait for each other for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if found:
         if any(given):
             raise ConfigError(

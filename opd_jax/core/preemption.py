@@ -70,10 +70,18 @@ class Preemption:
 
     def ask(self) -> None:
         """All processes have to ask equally often: `came` is then the same on all of them."""
-        # The service says so at one number alone, the next after its last question (0 at first).
-        # Steps could miss it: a run that goes on, or the next training, begins with another.
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_asked)):
-            self.came = True
+        self.came = self.came or told()
+
+
+def told() -> bool:
+    """Whether SIGTERM came to one of several processes, of which all have to ask equally often.
+
+    For a single process False: there SIGTERM raises, or is noted by `Preemption`.
+    """
+    # The service says so at one number alone, the next after its last question (0 at first). Steps
+    # could miss it: a run that goes on, or the next training, begins with another.
+    several = jax.process_count() > 1
+    return several and bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from opd_jax.core.distributed import barrier
+from opd_jax.core.preemption import told
 from opd_jax.data.records import Record
 from opd_jax.data.store import Store
+from opd_jax.errors import Preempted
 from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import Plan, SamplingJob, generate
 from opd_jax.sampling.slots import Sample
@@ -73,6 +75,9 @@ def collect(
     Args:
         on_sample: called with each new sample, whichever process writes it.
         flush_seconds: finished records are committed this often.
+
+    Raises:
+        Preempted: SIGTERM came to one of several processes; what is finished is committed.
     """
     barrier("collect")  # every process sees the same commits, so that all sample the same rest
     pending, _ = work.pending(store)
@@ -88,6 +93,9 @@ def collect(
             if time.monotonic() - flushed > flush_seconds:
                 writer.flush()
                 flushed = time.monotonic()
+            if told():
+                writer.flush()
+                raise Preempted("SIGTERM")
     barrier("collected")
 
 

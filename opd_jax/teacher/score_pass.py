@@ -10,10 +10,11 @@ from typing import Any
 import jax
 
 from opd_jax.core.distributed import barrier
+from opd_jax.core.preemption import told
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
-from opd_jax.errors import DataError
+from opd_jax.errors import DataError, Preempted
 from opd_jax.teacher.batches import ScoreBatch, score_batches
 from opd_jax.teacher.score import Scorer
 
@@ -38,6 +39,7 @@ def score_snapshot(
 
     Raises:
         DataError: a score is not finite, or the pass does not cover the share at the end.
+        Preempted: SIGTERM came to one of several processes; what is scored is committed.
     """
     barrier("score")
     prompt_r, response_r = snapshot.lengths()
@@ -55,6 +57,9 @@ def score_snapshot(
             if time.monotonic() - flushed > flush_seconds:
                 writer.flush()
                 flushed = time.monotonic()
+            if told():
+                writer.flush()
+                raise Preempted("SIGTERM")
     barrier("scores written")
     wanted = [index for batch in batches for index in batch.indices]
     missing = set(wanted) - scores.committed_records(snapshot)

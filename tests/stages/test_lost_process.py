@@ -20,6 +20,7 @@ LIMIT_SECONDS = 400
 RUN = "train.enabled=[opd]"
 # (stage, who is killed): process 0, with which the coordination service goes, and the other one.
 KILLS = (("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1))
+STORES = {"rollout": "rollouts", "score": "rollouts/teacher/*"}
 # The same program, with less patience.
 HASTY = (
     "import sys; from opd_jax.core import liveness; liveness.SILENT_SECONDS = 8.0; "
@@ -54,14 +55,20 @@ def finish(run_dir, processes):
         assert process.returncode == 0, output
 
 
-def kill_one(run_dir, stage, rank, program):
-    """What the other one says, its exit code, and how many seconds after the kill it ends."""
-    pair = start(run_dir, program=program)
+def inside_of(run_dir, stage, *words, program=("-m", "opd_jax.main")):
+    """Two processes in the middle of a stage."""
+    pair = start(run_dir, *words, program=program)
     deadline = time.monotonic() + LIMIT_SECONDS
     while not inside(run_dir, stage):
         assert all(process.poll() is None for process in pair), [said(process) for process in pair]
         assert time.monotonic() < deadline, f"{stage} never began"
         time.sleep(0.002)
+    return pair
+
+
+def kill_one(run_dir, stage, rank, program):
+    """What the other one says, its exit code, and how many seconds after the kill it ends."""
+    pair = inside_of(run_dir, stage, program=program)
     pair[rank].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     other = pair[1 - rank]
@@ -120,3 +127,20 @@ def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(tmp_path):
     last = outputs[0].rstrip().splitlines()[-1]
     assert last.startswith("opd_jax: error: process 1 (")
     assert ") failed: the disk of this host is full; start the same command" in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rollout", "score"])
+def test_sigterm_to_one_of_two_ends_both_between_two_batches(tmp_path, stage):
+    """What is finished is committed; there is much more to do than the notice takes."""
+    run_dir = tmp_path / "run"
+    much = ("prompts.opd_limit=600", "rollout.slots=4", "score.batch_tokens=136", "sft.steps=1")
+    pair = inside_of(run_dir, stage, *much)
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        output = said(process)
+        assert process.returncode == 143, output
+        assert output.rstrip().endswith("opd_jax: SIGTERM; the same command goes on from here")
+    assert not (run_dir / "stages" / f"{stage}.json").exists()
+    commits = {path.name for path in run_dir.glob(f"{STORES[stage]}/commits/*.json")}
+    assert len(commits) >= 2

@@ -1,0 +1,174 @@
+"""Compiled for absent devices: the paper's models at the paper's lengths, and a peer's step.
+
+    pip install -e '.[fit]' && python benchmarks/fit.py
+    python benchmarks/fit.py --only v5e-64.qwen3_8b "4B on 8 x H100"
+
+Each row is one program of a config of `configs/`, compiled by `--fit` in a process of its own: 256
+rows of 1,024 prompt and 4,096 response tokens in micro-batches of one row a device, scoring of
+batches of one such row a device, decoding of 64 slots of 4,096 tokens. GiB is what the program
+alone takes of a device: arguments, temporaries and outputs less aliases; `needed` adds what lies
+beside it; a model is its `config.json`.
+
+Beside it the pretraining step of MaxText 0.2.5 at one sequence of 4,096 tokens a device, with full
+rematerialisation and flash attention: arguments and temporaries, as compiled for the same slices
+(`PEER`; it needs an environment of its own, so these three are numbers here). Our OPD step has the
+same shapes, and float32 moments as it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from common import ROOT, report
+
+DENSE = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+MODELS = {
+    "4b": {**DENSE, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "8b": {**DENSE, "hidden_size": 4096, "intermediate_size": 12288},
+    "32b": {
+        **DENSE,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+    },
+    "30b_a3b": {
+        **DENSE,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+"""From the models' published `config.json`."""
+PAIRS = {"qwen3_4b": ("4b", "8b"), "qwen3_8b": ("8b", "32b"), "qwen3_30b_a3b": ("30b_a3b",) * 2}
+PEER = {"v5e-64.qwen3_8b": 6.29, "v5e-32.qwen3_8b": 8.09, "v5p-32.qwen3_30b_a3b": 34.9}
+"""GiB of a device."""
+
+
+def step(target, config, devices, *more):
+    """The OPD step at the paper's lengths, one row a device and micro-batch."""
+    return target, config, "train", (f"train.runs.opd.micro_batch_size={devices}", *more)
+
+
+def peer(target, config, devices):
+    """The OPD step at the peer's shapes."""
+    run = "train.runs.opd"
+    return (
+        *(target, config, "train"),
+        (
+            "rollout.max_new_tokens=3072",
+            f"{run}.batch_size={devices}",
+            f"{run}.micro_batch_size={devices}",
+            f"{run}.optim.moments=float32",
+        ),
+    )
+
+
+ROWS = {
+    "v5e-64.qwen3_8b": peer("v5e-64", "qwen3_8b", 64),
+    "v5e-32.qwen3_8b": peer("v5e-32", "qwen3_8b", 32),
+    "v5p-32.qwen3_30b_a3b": peer("v5p-32", "qwen3_30b_a3b", 16),
+    "4B on 8 x H100": step("h100:8", "qwen3_4b", 8),
+    "4B on v5e-16": step("v5e-16", "qwen3_4b", 16),
+    "8B on 8 x H100": step("h100:8", "qwen3_8b", 8),
+    "8B on 8 x A100-80": step("a100-80:8", "qwen3_8b", 8),
+    "8B on v5e-32": step("v5e-32", "qwen3_8b", 32),
+    "8B on v5p-16": step("v5p-16", "qwen3_8b", 8),
+    "30B-A3B on 8 x H100": step("h100:8", "qwen3_30b_a3b", 8),
+    "30B-A3B on v5p-32": step("v5p-32", "qwen3_30b_a3b", 16),
+    **{
+        f"{what} on {shown}": (target, "qwen3_8b", stage, ("model.param_dtype=bfloat16", *more))
+        for what, stage, more in (
+            ("32B scoring", "score", ("score.batch_tokens={tokens}",)),
+            ("8B decoding", "rollout", ("rollout.max_new_tokens=3072",)),
+        )
+        for shown, target in (("8 x H100", "h100:8"), ("v5e-16", "v5e-16"))
+    },
+}
+
+
+def compile_row(name, folder):
+    """The program of a row: as `--fit` finds it."""
+    from opd_jax.config_load import load_config
+    from opd_jax.fit.driver import judge
+    from opd_jax.fit.targets import parse_target
+
+    target, config, stage, more = ROWS[name]
+    devices = parse_target(target).count
+    more = (*more, f"sft.micro_batch_size={devices}")  # every batch has to fit the mesh
+    student, teacher = (folder / model for model in PAIRS[config])
+    models = (f"model.student={student}", f"model.teacher={teacher}", f"run_dir={folder}")
+    settings = [word.format(tokens=5120 * devices) for word in more]
+    loaded = load_config(str(ROOT / "configs" / f"{config}.yaml"), [*models, *settings])
+    found = judge(loaded, target, [stage])
+    return found, found.programs[-1]  # of sampling: decoding
+
+
+def figures(found, program):
+    """What the table shows of a program."""
+    sent = sum(x.sent_bytes for x in program.collectives)
+    return {
+        "gib": program.peak_bytes / 2**30,
+        "needed": program.needed_bytes / 2**30,
+        "free": program.free_bytes / 2**30,
+        "ratio": program.flops / program.model_flops,
+        "sent": sent / 2**30,
+        "step": program.time.seconds if program.time else float("nan"),
+        "compile": program.compile_seconds,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="every row's fit.json")
+    arguments = parser.parse_args()
+    told = {}
+    heads = ("GiB", "needed", "free", "FLOPs", "sent", "step s", "compiled")
+    print(" " * 22 + "".join(f"{head:>9}" for head in heads))
+    with tempfile.TemporaryDirectory() as scratch:
+        for model, config in MODELS.items():
+            (Path(scratch) / model).mkdir()
+            (Path(scratch) / model / "config.json").write_text(json.dumps(config))
+        for name in arguments.only:
+            found, program = compile_row(name, Path(scratch))
+            if arguments.keep is not None:
+                arguments.keep.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(found.to_json(), indent=1)
+                (arguments.keep / f"{name.replace(' ', '_')}.json").write_text(text)
+            row = figures(found, program)
+            values = "".join(f"{value:9.2f}" for value in row.values())
+            peer_gib = f"  peer {PEER[name]}" if name in PEER else ""
+            print(f"{name:22}{values}{peer_gib}  {program.problem[:60]}".rstrip(), flush=True)
+            told |= {f"{name}.{key}".replace(" ", "_"): value for key, value in row.items()}
+    report("fit", told)
+
+
+if __name__ == "__main__":
+    main()
