@@ -19,6 +19,7 @@ from opd_jax.fit.results import Bytes, ProgramReport
 from opd_jax.fit.roofline import step_time
 from opd_jax.fit.setup import Setup
 from opd_jax.fit.traffic import memory_traffic
+from opd_jax.model.experts import in_groups_anywhere
 
 _NEEDED = re.compile(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT]?)i?B?(?: of |\) exceeds)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -45,13 +46,15 @@ def compile_draft(setup: Setup, draft: Draft) -> ProgramReport:
         peak = max(said_bytes(problem), sum(parts.values()))
     else:
         peak, parts = _peak(compiled.memory_analysis(), parts, draft.passing)
+    with in_groups_anywhere():  # experts: every pair once; how their blocks fill, the router says
+        flops = draft.count()
     report = ProgramReport(
         name=draft.name,
         what=draft.what,
         stage=draft.stage,
         runs=draft.runs,
         tokens=draft.tokens,
-        flops=draft.count(),
+        flops=flops,
         model_flops=draft.model_flops,
         peak_bytes=peak,
         parts=parts,

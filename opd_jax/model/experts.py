@@ -15,8 +15,10 @@ Letters beyond the legend: p pair, e expert, c block, r row of a block.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +49,19 @@ class Blocks(NamedTuple):
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weights], jax.Array]
 
 
+_in_groups_anywhere = ContextVar("_in_groups_anywhere", default=False)
+
+
+@contextlib.contextmanager
+def in_groups_anywhere() -> Generator[None]:
+    """Traced within, the product has the form of TPUs: its work does not depend on the routing."""
+    token = _in_groups_anywhere.set(True)
+    try:
+        yield
+    finally:
+        _in_groups_anywhere.reset(token)
+
+
 def product_on(platform: str, pairs: int, experts: int) -> Product:
     """The form of the product for a platform.
 
@@ -55,7 +70,7 @@ def product_on(platform: str, pairs: int, experts: int) -> Product:
         pairs: that one device chooses its own from.
         experts: all of them, wherever they are held.
     """
-    if platform == "tpu":
+    if platform == "tpu" or _in_groups_anywhere.get():
         return in_groups
     return functools.partial(in_blocks, rows=block_rows(pairs, experts))
 

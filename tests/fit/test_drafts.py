@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from opd_jax.fit.scoring import scoring_draft
 from opd_jax.fit.setup import Setup
 from opd_jax.fit.targets import parse_target
 from opd_jax.fit.training import training_draft
+from opd_jax.model.experts import in_groups_anywhere
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 STUDENT = (2, 64, 192, 4, 2, 16, 24)  # layers, width, ffn, heads, kv heads, head dim, tokens
@@ -200,3 +202,45 @@ def test_runs_on_stored_rollouts_sample_nothing():
     step = program("train.opd", {"parameters": 4}, {})
     decode = dataclasses.replace(step, name="rollout.decode")
     assert list(within_training(setup_of(), [step, decode])) == []
+
+
+def mixture(folder, chosen):
+    """A folder with the `config.json` of a small mixture of experts."""
+    folder.mkdir()
+    config = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 24,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": chosen,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_pair_of_token_and_expert_is_counted_once_whatever_the_router_does(tmp_path):
+    found = []
+    for chosen in (1, 2):
+        student = mixture(tmp_path / str(chosen), chosen)
+        draft = training_draft(setup_of(f"model.student={student}"), "train.opd")
+        with pytest.raises(ValueError, match="trip count"):
+            draft.count()  # by blocks it depends on the routing
+        with in_groups_anywhere():
+            found.append(draft.count())
+    rows, length = (int(x) for x in re.findall(r"(\d+) rows of (\d+)", draft.what)[0])
+    layers, width, hidden = 2, 64, 32
+    assert found[1] - found[0] == 6 * 3 * width * hidden * layers * rows * length
