@@ -74,7 +74,7 @@ import sky
 for path in sys.argv[1:]:
     task = sky.Task.from_yaml(path)
     [resources] = task.resources
-    assert resources.job_recovery["recover_on_exit_codes"] == [143], resources.job_recovery
+    assert resources.job_recovery["recover_on_exit_codes"] == [4, 143], resources.job_recovery
     print(f"{path}: SkyPilot {sky.__version__} reads {task.num_nodes} x {resources}")
 PYTHON
 

@@ -16,6 +16,6 @@ set -euo pipefail
 xpk workload create \
   --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
   --workload=opd-jax --tpu-type="$TPU" --docker-image="$IMAGE" --storage="$STORAGE" \
-  --max-restarts=50 --restart-on-exit-codes=1 --termination-grace-period-seconds=300 \
+  --max-restarts=50 --restart-on-exit-codes=1,4 --termination-grace-period-seconds=300 \
   --command="exec python -m opd_jax.main --config $CONFIG --distributed run_dir=$RUN_DIR compile_cache=/shared/compiled" \
   "$@"

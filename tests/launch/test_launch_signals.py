@@ -90,7 +90,7 @@ def test_xpk_restarts_except_after_2(host):
     host.tool("bin/xpk")
     [call] = host.run(FOLDER / "xpk.sh")
     assert int(launchers.option(call, "--max-restarts")) > 0
-    assert launchers.option(call, "--restart-on-exit-codes") == "1"  # beside 42 and 127 to 255
+    assert launchers.option(call, "--restart-on-exit-codes") == "1,4"  # beside 42, 127 to 255
     assert int(launchers.option(call, "--termination-grace-period-seconds")) >= 120
 
 
@@ -132,6 +132,6 @@ def test_kubernetes_runs_python_itself_and_restarts_it_except_after_2(file):
 def test_skypilot_starts_again_what_saved_alone(file):
     [task] = launchers.documents(file)
     # 2: something to repair. 137: what SkyPilot notes for the other machines of such a job.
-    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [143]}
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [4, 143]}
     [mount] = task["file_mounts"].values()
     assert mount["mode"] == "MOUNT"
