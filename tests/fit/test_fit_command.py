@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,6 +165,24 @@ def test_a_change_that_makes_it_fit_is_found(tmp_path):
     assert first["needed_bytes"] < report["programs"][0]["needed_bytes"]
     assert last["change"] == "model.remat=full, train.runs.opd.micro_batch_size=65536"
     assert last["fits"]
+
+
+@pytest.mark.slow
+def test_the_worker_ends_with_whoever_asked(tmp_path):
+    command = [sys.executable, "-m", "opd_jax.main", "--config", QUICKSTART, "--fit", "v5e-4"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*command, f"run_dir={tmp_path}"], stdout=pipe, text=True)
+    assert process.stdout is not None
+    assert "compiling" in process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{children[0]}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_stages_are_those_that_run_a_model():
