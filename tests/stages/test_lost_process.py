@@ -61,8 +61,11 @@ def inside_of(run_dir, stage, *words, program=("-m", "opd_jax.main")):
     pair = start(run_dir, *words, program=program)
     deadline = time.monotonic() + LIMIT_SECONDS
     while not inside(run_dir, stage):
-        assert all(process.poll() is None for process in pair), [said(process) for process in pair]
-        assert time.monotonic() < deadline, f"{stage} never began"
+        ended = [process.poll() for process in pair] != [None, None]
+        if ended or time.monotonic() > deadline:
+            for process in pair:
+                process.kill()
+            pytest.fail("\n".join([f"{stage} never began", *map(said, pair)]))
         time.sleep(0.002)
     return pair
 
@@ -130,12 +133,12 @@ def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["rollout", "score"])
-def test_sigterm_to_one_of_two_ends_both_between_two_batches(tmp_path, stage):
+@pytest.mark.parametrize(("stage", "prompts", "slots"), [("rollout", 600, 4), ("score", 160, 32)])
+def test_sigterm_to_one_of_two_ends_both_between_two_batches(tmp_path, stage, prompts, slots):
     """What is finished is committed; there is much more to do than the notice takes."""
     run_dir = tmp_path / "run"
-    much = ("prompts.opd_limit=600", "rollout.slots=4", "score.batch_tokens=136", "sft.steps=1")
-    pair = inside_of(run_dir, stage, *much)
+    sizes = (f"prompts.opd_limit={prompts}", f"rollout.slots={slots}", "score.batch_tokens=136")
+    pair = inside_of(run_dir, stage, *sizes, "sft.steps=1")
     pair[1].send_signal(signal.SIGTERM)
     for process in pair:
         output = said(process)
