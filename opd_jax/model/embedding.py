@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax.core.mesh import constrain
+from opd_jax.core.mesh import axis_size, constrain
 
 Pair = tuple[jax.Array, jax.Array]
 LOOKUP_AXES = ("looked_up", "replicated", "embed")
@@ -30,8 +30,14 @@ def embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str, mesh: Mesh | No
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str, mesh: Mesh | None) -> Pair:
-    rows_btd = jnp.take(table_vd.astype(dtype), tokens_bt, axis=0)
-    return constrain(rows_btd, mesh, LOOKUP_AXES, "embedded tokens"), table_vd
+    return _by_width(jnp.take(table_vd.astype(dtype), tokens_bt, axis=0), mesh), table_vd
+
+
+def _by_width(rows_btd: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Every device has its part of the width. What no mesh divides is for others to refuse."""
+    if mesh is None or rows_btd.shape[0] % axis_size(mesh, LOOKUP_AXES[0]):
+        return rows_btd
+    return constrain(rows_btd, mesh, LOOKUP_AXES, "embedded tokens")
 
 
 def _embed_fwd(
@@ -44,8 +50,8 @@ def _embed_bwd(
     dtype: str, mesh: Mesh | None, tokens_bt: jax.Array, grads: Pair
 ) -> tuple[jax.Array, None]:
     rows_btd, table_vd = grads
-    rows_btd = constrain(rows_btd, mesh, LOOKUP_AXES, "gradients of embedded tokens")
-    total_vd = table_vd.astype(jnp.float32).at[tokens_bt].add(rows_btd.astype(jnp.float32))
+    rows_btd = _by_width(rows_btd, mesh).astype(jnp.float32)
+    total_vd = table_vd.astype(jnp.float32).at[tokens_bt].add(rows_btd)
     return total_vd.astype(table_vd.dtype), None
 
 
