@@ -17,7 +17,6 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
-    "looked_up": ("data", "expert"),  # rows of the batch while their vectors are cut over `embed`
     "time": "context",
     "layers": None,
     "norm": None,
