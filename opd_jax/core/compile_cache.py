@@ -22,10 +22,11 @@ def keep_compiled(folder: str | None) -> None:
     Args:
         folder: `None` keeps nothing. "auto" is the folder that JAX_COMPILATION_CACHE_DIR names,
             else one in the user's cache, of which there is one per kind of processor: homes are
-            shared by machines of which not all have the same instructions.
+            shared by machines of which not all have the same instructions. Without a home that
+            can be written nothing is kept: nobody asked for it.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: a folder that was named cannot be made.
     """
     if folder is None:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -33,9 +34,14 @@ def keep_compiled(folder: str | None) -> None:
     if folder == AUTO:
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return  # JAX has read that variable and those that go with it
-        folder = str(_user_cache() / "opd_jax" / "compiled" / processor())
+        try:
+            own = _user_cache() / "opd_jax" / "compiled" / processor()
+            own.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # the latter: there is no home
+            return
+        folder = str(own)
         jax.config.update("jax_compilation_cache_max_size", LIMIT_BYTES)
-    if "://" not in folder:
+    elif "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -60,6 +60,11 @@ def test_auto_leaves_a_folder_of_the_environment(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+def test_auto_without_a_home_that_can_be_written_keeps_none(tmp_path):
+    (tmp_path / "file").touch()
+    assert compile_twice("auto", tmp_path / "file") == [0, 0]
+
+
 def test_null_keeps_none(tmp_path):
     own = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"),
