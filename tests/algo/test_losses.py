@@ -258,6 +258,17 @@ def test_diagnostics_are_the_paper_s_monitors():
         assert found[name] == pytest.approx(value, abs=2e-3), name
 
 
+def test_the_deviation_of_weights_is_exact_where_all_are_near_1():
+    """Two programs that round differently give weights like these; float32 must not add to them."""
+    student, teacher, mask, _ = batch(5, b=16, t=64, spread=1.0)
+    tiny = np.random.default_rng(0).normal(scale=5e-5, size=student.shape).astype(np.float32)
+    sampler = (student - tiny).astype(np.float32)
+    tokens = TokenLogprobs(student, teacher, sampler, mask)
+    found = averages(jax.device_get(diagnostics(tokens, Terms(0.5))))["w_std"]
+    want = np.std(np.exp(student.astype(np.float64) - sampler)[mask])
+    assert found == pytest.approx(want, rel=0.01)
+
+
 def test_figures_are_of_the_advantage_that_is_used():
     """With a reward scale the target is not the teacher; the reverse KL is still the teacher's."""
     student, teacher, mask, _ = batch(4, spread=1.0)
