@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from opd_jax.errors import Preempted
 
-_asked = itertools.count()  # how often this process has asked, in all its trainings
+_asked = itertools.count()  # how often this process has asked, in all its stages
 
 
 class Preemption:

@@ -3,29 +3,21 @@
 import pytest
 from processes import run_two
 
-BEFORE = """
+TELL = """
 import os, signal, time
 from opd_jax.core.preemption import Preemption
-if rank == 1:
-    os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(3)
-with Preemption() as notice:
-    for asked in range(1, 100):
-        notice.ask()
-        if notice.came:
-            break
-        time.sleep(0.05)
-print(notice.came, asked)
+def tell():
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)
 """
-BETWEEN = """
-import os, signal, time
-from opd_jax.core.preemption import Preemption
+TRAINED = """
 with Preemption() as notice:
     for _ in range(60):
         notice.ask()
-if rank == 1:
-    os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(3)
+"""
+TRAINING = """
+tell()
 with Preemption() as notice:
     for asked in range(1, 60):
         notice.ask()
@@ -37,9 +29,9 @@ print(notice.came, asked)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [BEFORE, BETWEEN], ids=["before", "between"])
-def test_a_notice_before_a_training_is_seen_by_it(code, tmp_path):
-    for said in run_two(code, tmp_path):
+@pytest.mark.parametrize("before", ["", TRAINED], ids=["before", "between"])
+def test_a_notice_before_a_training_is_seen_by_it(before, tmp_path):
+    for said in run_two(TELL + before + TRAINING, tmp_path):
         came, asked = said.split()
         assert came == "True"
         assert int(asked) <= 2
