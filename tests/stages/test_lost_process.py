@@ -36,7 +36,7 @@ def start(run_dir, *words, processes=2, program=("-m", "opd_jax.main")):
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(
-            [*command, *(() if processes == 1 else (*flags, "--rank", str(rank)))],
+            [*command, *flags, "--rank", str(rank)],
             cwd=ROOT,
             env=environment,
             stdout=pipe,
