@@ -5,9 +5,8 @@
 The OPD step of the quickstart and one of SmolLM2-135M's shapes (4 rows of 512 tokens), in float32
 on one device, each in a process of its own. Estimated is what `--fit` prints as `alone`, from the
 same compiled program; measured is the largest resident size while two steps run, less the resident
-size before the state exists (Linux). What a process takes once, at its first step (threads, code),
-is no part of it: `first` is the same with it. FLOPs are those that `--fit` counts, over those that
-the mathematics asks for.
+size before the state exists (Linux), so with what a process takes once, at its first step (threads,
+code). FLOPs are those that `--fit` counts, over those that the mathematics asks for.
 """
 
 from __future__ import annotations
@@ -67,9 +66,8 @@ def measure(name, folder):
         - memory.alias_size_in_bytes
     )
     flops = draft.count()
-    first, measured = (run(compiled) for _ in range(2))
     ratio = flops / draft.model_flops
-    return {"estimated": estimated, "measured": measured, "first": first, "flops": ratio}
+    return {"estimated": estimated, "measured": run(compiled), "flops": ratio}
 
 
 def run(compiled):
@@ -100,8 +98,7 @@ def main():
         ratio = found["estimated"] / found["measured"]
         print(
             f"{name:12} estimated {found['estimated'] / 2**20:8.1f} MiB, "
-            f"measured {found['measured'] / 2**20:8.1f} MiB (first {found['first'] / 2**20:.1f}), "
-            f"ratio {ratio:.3f}; "
+            f"measured {found['measured'] / 2**20:8.1f} MiB, ratio {ratio:.3f}; "
             f"FLOPs {found['flops']:.3f} of the model's"
         )
         figures |= {f"{name}.memory_ratio": ratio, f"{name}.flops_ratio": found["flops"]}
