@@ -133,7 +133,8 @@ class Config(Frozen):
     seed: int = Field(default=0, ge=0)
     model: ModelConfig
     prompts: PromptsConfig
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig | None = None
+    """`None`: chosen for the devices, the models and the batches."""
     answer: SamplingConfig = SamplingConfig()
     sft: SFTConfig = SFTConfig()
     rollout: SamplingConfig = SamplingConfig()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from opd_jax.config import Config
+from opd_jax.config import Config, MeshConfig
 from opd_jax.fit.results import ProgramReport
 
 ALL_FSDP = {"data": 1, "fsdp": -1, "tensor": 1, "expert": 1, "context": 1}
@@ -99,7 +99,7 @@ def _with_micro(name: str, rows: int) -> Change:
 
 
 def _fsdp(config: Config, case: Case) -> Change | None:
-    now = {axis: getattr(config.mesh, axis) for axis in ALL_FSDP}
+    now = (config.mesh or MeshConfig()).model_dump()
     if now in (ALL_FSDP, {**ALL_FSDP, "fsdp": case.devices}):
         return None
     words, tree = "mesh.fsdp=-1 alone", {"mesh": dict(ALL_FSDP)}

@@ -34,7 +34,7 @@ def run(config: Config, target: str, stages: Sequence[str] | None) -> int:
     code = None
     for name in candidates(target):
         try:
-            report = judge(config, name, stages, quick=True)
+            report = judge(config, name, stages, auto=True)
         except ConfigError as error:  # its mesh or its batches are for other numbers of devices
             tell(f"{name}: {error}")
             refused = error
@@ -58,18 +58,19 @@ def _show(config: Config, report: FitReport) -> int:
 
 
 def judge(
-    config: Config, target: str, stages: Sequence[str] | None, *, quick: bool = False
+    config: Config, target: str, stages: Sequence[str] | None, *, auto: bool = False
 ) -> FitReport:
     """What the compilers make of a config's programs.
 
     Args:
-        quick: stop at the first program that does not fit.
+        auto: of a config that names no mesh, the best of several; stop at the first program that
+            does not fit.
     """
     request = {
         "config": config.model_dump(mode="json"),
         "target": target,
         "stages": stages,
-        "quick": quick,
+        "auto": auto,
     }
     with tempfile.TemporaryDirectory(prefix="opd_jax-fit-") as folder:
         Path(folder, REQUEST).write_text(json.dumps(request), encoding="utf-8")

@@ -103,12 +103,28 @@ class Try:
 
 
 @dataclass(frozen=True)
+class MeshTry:
+    """A mesh that `--fit auto` compiled.
+
+    Attributes:
+        needed_bytes: of a device, by the program that needs most; of those compiled.
+        hours: device-hours of all programs, if they fit.
+    """
+
+    mesh: dict[str, int]
+    fits: bool
+    needed_bytes: int
+    hours: float | None
+
+
+@dataclass(frozen=True)
 class FitReport:
     """A config on a target.
 
     Attributes:
         hours: device-hours of each stage, of what could be estimated.
         assumed: what the numbers take for granted, in words.
+        meshes: what `auto` compared; empty if there was nothing to compare.
     """
 
     target: str
@@ -120,6 +136,7 @@ class FitReport:
     hours: dict[str, float]
     tries: list[Try]
     assumed: list[str]
+    meshes: list[MeshTry] = field(default_factory=list[MeshTry])
 
     @property
     def fits(self) -> bool:
@@ -146,6 +163,7 @@ class FitReport:
         own = {name: found[name] for name in FitReport.__dataclass_fields__}
         own["programs"] = [_program(entry) for entry in found["programs"]]
         own["tries"] = [Try(**entry) for entry in found["tries"]]
+        own["meshes"] = [MeshTry(**entry) for entry in found["meshes"]]
         return FitReport(**own)
 
 

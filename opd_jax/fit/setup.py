@@ -13,9 +13,9 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from opd_jax.config import Config, SamplingConfig
+from opd_jax.config import Config, MeshConfig, SamplingConfig
 from opd_jax.core.gguf_file import is_gguf
-from opd_jax.core.mesh import axis_size, make_mesh
+from opd_jax.core.mesh import axis_size
 from opd_jax.data.prompts import load_prompts
 from opd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opd_jax.fit.targets import Target, parse_target
@@ -23,6 +23,7 @@ from opd_jax.fit.topology import devices_of
 from opd_jax.model.load import architecture_of, padding_start
 from opd_jax.model.transformer import LanguageModel
 from opd_jax.train.jobs import check_batches, check_row_tokens
+from opd_jax.train.mesh_choice import mesh_of
 
 Role = Literal["student", "teacher"]
 Split = Literal["sft", "opd"]
@@ -98,12 +99,13 @@ def _tokenizer(path: str) -> Tokenizer:
 
 
 def open_setup(config: Config, target: str) -> Setup:
-    """The config's mesh on the target's devices.
+    """The config's mesh on the target's devices; from then on the config names it.
 
     Raises:
         ConfigError: the mesh does not fit the devices, or the batches do not fit the mesh.
     """
-    mesh = make_mesh(config.mesh, devices_of(target))
+    mesh = mesh_of(config, devices_of(target))
+    config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
     check_batches(config, axis_size(mesh, "batch"))
     check_row_tokens(config, axis_size(mesh, "time"))
     return Setup(config, parse_target(target), mesh)

@@ -37,6 +37,9 @@ def print_report(report: FitReport, console: Console | None = None) -> None:
         verdict = "[green]fits[/]" if tried.fits else "[red]does not fit[/]"
         needed = size(tried.needed_bytes) if tried.needed_bytes else "unknown memory"
         console.print(f"tried {tried.program} with {tried.change}: {verdict}, {needed} a device")
+    for mesh in report.meshes:
+        fate = f"{mesh.hours:,.3g} device-hours" if mesh.hours is not None else "does not fit"
+        console.print(f"mesh {_mesh(mesh.mesh)}: {fate}, {size(mesh.needed_bytes)} a device")
     for text in report.assumed:
         console.print(f"- {text}", style="dim", soft_wrap=True)
     verdict = "[bold green]fits[/]" if report.fits else "[bold red]does not fit[/]"
@@ -59,11 +62,16 @@ def duration(seconds: float) -> str:
 
 
 def _heading(report: FitReport) -> str:
-    mesh = ", ".join(f"{axis} {ways}" for axis, ways in report.mesh.items() if ways > 1)
     return (
         f"[bold]{report.target}[/]: {report.devices} x {report.kind} with "
-        f"{size(report.memory_bytes)} each; mesh {mesh or 'of one device'}"
+        f"{size(report.memory_bytes)} each; mesh {_mesh(report.mesh)}"
     )
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    """The axes that cut something."""
+    cuts = ", ".join(f"{axis} {ways}" for axis, ways in sizes.items() if ways > 1)
+    return cuts or "of one device"
 
 
 def _table(title: str, *columns: str, left: int = 2) -> Table:

@@ -25,15 +25,15 @@ REQUEST, ANSWER, MARK = "request.json", "answer.json", "fit: "
 def main(folder: str) -> None:
     """Answer one request."""
     from opd_jax.fit.assess import assess
+    from opd_jax.fit.best import assess_meshes
 
     logging.disable(logging.WARNING)
     request = json.loads(Path(folder, REQUEST).read_text(encoding="utf-8"))
     answer: dict[str, Any]
     try:
         config = Config.model_validate_json(json.dumps(request["config"]))
-        answer = assess(
-            config, request["target"], request["stages"], _say, quick=request["quick"]
-        ).to_json()
+        judge = assess_meshes if request["auto"] else assess
+        answer = judge(config, request["target"], request["stages"], _say).to_json()
     except OPDError as error:
         answer = {"error": str(error)}
     Path(folder, ANSWER).write_text(json.dumps(answer), encoding="utf-8")

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.text import Text
 
 from opd_jax.config import Config, SamplingConfig
-from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import ConfigError, DataError, OPDError, StageError
 from opd_jax.sampling.api import Sampler
 from opd_jax.sampling.slots import Sample
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import StageRecords
+from opd_jax.train.mesh_choice import mesh_of
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -37,7 +37,7 @@ def run(config: Config, name: str | None, prompt: str | None) -> None:
         OPDError: as its message says.
     """
     run_dir = Path(config.run_dir)
-    ctx = RunContext(config, run_dir, make_mesh(config.mesh), StageRecords(run_dir))
+    ctx = RunContext(config, run_dir, mesh_of(config), StageRecords(run_dir))
     name = checkpoint_name(ctx, name)
     _tell(f"loading {name}; the first answer also waits for the compiler")
     model, params = ctx.checkpoint_model(name)

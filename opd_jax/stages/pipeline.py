@@ -17,7 +17,7 @@ import jax
 from opd_jax.config import Config
 from opd_jax.config_load import dump_config
 from opd_jax.core.distributed import barrier, everyone, is_first
-from opd_jax.core.mesh import axis_size, make_mesh
+from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
 from opd_jax.data.store_files import StoreFiles
@@ -31,6 +31,7 @@ from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, Spent, StageRecords, exists
 from opd_jax.stages.summary import write_summary
 from opd_jax.train.jobs import check_batches, check_row_tokens
+from opd_jax.train.mesh_choice import mesh_of
 
 PARTS = ("inputs", "run", "artefacts", "extras", "gap")  # not every stage has the last two
 TICK_SECONDS = 5.0  # a kill forgets at most so much of a stage's cost
@@ -115,7 +116,7 @@ def open_run(
         _make_folder(run_dir)
         if config.store is not None:
             StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_of(config)
     check_batches(config, axis_size(mesh, "batch"))
     check_row_tokens(config, axis_size(mesh, "time"))
     return RunContext(config, run_dir, mesh, StageRecords(run_dir), profile, share)

@@ -1,6 +1,7 @@
 """`--fit` as a user meets it: tables, `fit.json` and exit codes."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from opd_jax.config_load import load_config
 from opd_jax.fit.assess import stages_of
 from opd_jax.fit.changes import ACTIVATIONS, Case, changed, room_share, steps_of
 from opd_jax.fit.collectives import Collective
+from opd_jax.fit.driver import judge
 from opd_jax.fit.results import FitReport, ProgramReport, StepTime, Try
 from opd_jax.fit.show import print_report
 from opd_jax.main import main
@@ -106,6 +109,21 @@ def test_the_sampler_and_the_teacher_are_compiled_too(tmp_path):
     assert prefill["parts"]["parameters"] == 2 * (LAYERS * WEIGHTS + TOKENS * WIDTH + NORMS)
     assert score["flops"] == pytest.approx(score["model_flops"], rel=0.25)
     assert set(report["hours"]) == {"rollout", "score"}
+
+
+@pytest.mark.slow
+def test_auto_takes_the_best_mesh_of_a_config_that_names_none():
+    config = load_config(QUICKSTART, ["train.enabled=[opd]"])
+    report = FitReport.from_json(judge(config, "h100:2", ["train"], auto=True).to_json())
+    assert report.fits
+    assert [mesh.mesh["fsdp"] for mesh in report.meshes] == [2, 1, 1]
+    assert [mesh.mesh["tensor"] for mesh in report.meshes] == [1, 2, 1]
+    best = min(report.meshes, key=lambda mesh: mesh.hours)
+    assert report.mesh == best.mesh
+    assert sum(report.hours.values()) == best.hours
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_report(report, console)
+    assert f"mesh tensor 2: {report.meshes[1].hours:,.3g} device-hours" in console.export_text()
 
 
 @pytest.mark.slow

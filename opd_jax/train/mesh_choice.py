@@ -1,0 +1,107 @@
+"""The mesh of a config that names none, and others that may be faster.
+
+Proposals come in an order of preference; the first that divides both models, the batches and the
+rows is taken. It is the one with the most devices along `data` x `fsdp` x `expert`, which cut rows:
+they send least as long as there are rows enough. What rows are too few for goes to `tensor`, inside
+a node, and then to `context`. `data` holds the slices of a TPU, and whatever the width of the
+weights cannot be cut into.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from opd_jax.config import Config, MeshConfig
+from opd_jax.core.mesh import axis_size, make_mesh
+from opd_jax.errors import ConfigError
+from opd_jax.model.architecture import Architecture
+from opd_jax.model.load import architecture_of
+from opd_jax.model.transformer import LanguageModel
+from opd_jax.train.jobs import check_batches, check_row_tokens
+
+MOST_TENSOR = 8
+"""Devices along `tensor`: as many as a node of GPUs has."""
+MOST_COMPILED = 4
+"""Meshes that are worth compiling, the preferred one among them."""
+
+
+def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The config's mesh on the devices, all of JAX's by default; chosen if the config names none.
+
+    Raises:
+        ConfigError: it does not fit the devices; or none of the proposals fits models and batches.
+        ModelError: a mesh is to be chosen, and a model cannot be read.
+    """
+    devices = jax.devices() if devices is None else devices
+    return make_mesh(config.mesh or choices(config, devices, 1)[0], devices)
+
+
+def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -> list[MeshConfig]:
+    """Meshes that fit the devices, both models and the batches, the preferred one first.
+
+    Each uses other axes than those before, or cuts another number of ways: not other copies.
+
+    Raises:
+        ConfigError: there is none; it says what is wrong with the preferred one.
+        ModelError: a model cannot be read.
+    """
+    models = [architecture_of(path) for path in (config.model.student, config.model.teacher)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    found: dict[tuple[int, ...], MeshConfig] = {}
+    refused: ConfigError | None = None
+    for mesh in proposals(len(devices), slices, max(arch.num_experts for arch in models)):
+        kind = mesh.tensor, mesh.context, mesh.expert
+        if kind in found:
+            continue
+        try:
+            _check(config, models, make_mesh(mesh, devices))
+        except ConfigError as error:
+            refused = refused or error
+            continue
+        found[kind] = mesh
+        if len(found) == most:
+            break
+    if not found:
+        raise ConfigError(
+            f"mesh: no mesh of {len(devices)} devices fits models and batches; the first one: "
+            f"{refused}"
+        )
+    return list(found.values())
+
+
+def _check(config: Config, models: Sequence[Architecture], mesh: Mesh) -> None:
+    """Raises ConfigError if a batch, a row or a weight cannot be cut over the mesh."""
+    check_batches(config, axis_size(mesh, "batch"))
+    check_row_tokens(config, axis_size(mesh, "time"))
+    for arch in models:
+        LanguageModel(arch, mesh=mesh).abstract()
+
+
+def proposals(devices: int, slices: int, experts: int) -> Iterator[MeshConfig]:
+    """All meshes worth a thought, the preferred one first.
+
+    Args:
+        slices: of a TPU, with a slow network between them.
+        experts: of a model with a mixture of experts; 0 without.
+    """
+    for rest in _divisors(devices // slices):  # what rows are not cut over: nothing, if possible
+        for tensor in reversed(_divisors(math.gcd(rest, MOST_TENSOR))):
+            ways = devices // slices // rest
+            for copies in _divisors(ways):
+                for expert in sorted({1, math.gcd(ways // copies, max(experts, 1))}):
+                    yield MeshConfig(
+                        data=slices * copies,
+                        fsdp=ways // copies // expert,
+                        tensor=tensor,
+                        expert=expert,
+                        context=rest // tensor,
+                    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]

@@ -1,0 +1,73 @@
+"""The mesh of a config that names none."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from opd_jax.config import MeshConfig
+from opd_jax.config_load import load_config
+from opd_jax.errors import ConfigError
+from opd_jax.train.mesh_choice import choices, mesh_of, proposals
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+STUDENT = QUICKSTART.parent / "quickstart" / "student" / "config.json"
+
+
+def config_with(tmp_path, *words, **sizes):
+    """The quickstart with another student and other settings."""
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(STUDENT.read_text()) | sizes))
+    return load_config(str(QUICKSTART), [f"model.student={tmp_path}", *words])
+
+
+def test_fsdp_takes_all_devices_where_rows_and_widths_allow(tmp_path):
+    config = config_with(tmp_path)
+    assert MeshConfig(**mesh_of(config).shape) == MeshConfig(fsdp=4)
+    given = load_config(str(QUICKSTART), ["mesh.tensor=2"])
+    assert mesh_of(given).shape["tensor"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes", "chosen"),
+    [
+        (("sft.micro_batch_size=2",), {}, MeshConfig(fsdp=2, tensor=2)),
+        (
+            ("sft.micro_batch_size=2",),
+            {"num_attention_heads": 3, "num_key_value_heads": 1},
+            MeshConfig(fsdp=2, context=2),
+        ),
+        ((), {"hidden_size": 66}, MeshConfig(data=2, fsdp=2)),
+        (("sft.micro_batch_size=1",), {}, MeshConfig(fsdp=1, tensor=2, context=2)),
+    ],
+    ids=["too few rows", "heads that cannot be cut", "an odd width", "one row"],
+)
+def test_what_fsdp_cannot_take_goes_to_other_axes(tmp_path, words, sizes, chosen):
+    assert choices(config_with(tmp_path, *words, **sizes), jax.devices(), 1) == [chosen]
+
+
+def test_a_mesh_that_cannot_be_is_one_line_that_names_the_batch(tmp_path):
+    config = config_with(tmp_path, "sft.batch_size=5", "sft.row_tokens=135")
+    with pytest.raises(ConfigError, match=r"no mesh of 4 devices.*sft\.batch_size=5 is not"):
+        mesh_of(config)
+
+
+def test_others_worth_compiling_use_other_axes(tmp_path):
+    found = choices(config_with(tmp_path), jax.devices())
+    assert found[0] == MeshConfig(fsdp=4)
+    assert found[1:] == [
+        MeshConfig(fsdp=2, tensor=2),
+        MeshConfig(fsdp=2, context=2),
+        MeshConfig(fsdp=1, tensor=2, context=2),
+    ]
+
+
+def test_slices_lie_along_data_and_experts_are_spread():
+    first, second = list(proposals(32, slices=2, experts=128))[:2]
+    assert first == MeshConfig(data=2, fsdp=16)
+    assert second == MeshConfig(data=2, fsdp=1, expert=16)
+    assert next(proposals(8, slices=1, experts=0)) == MeshConfig(fsdp=8)
+    for mesh in proposals(24, slices=2, experts=8):
+        assert math.prod(mesh.model_dump().values()) == 24
+        assert mesh.data % 2 == 0
