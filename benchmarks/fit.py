@@ -1,7 +1,11 @@
 """Compiled for absent devices: the paper's models at the paper's lengths, and a peer's step.
 
-    pip install -e '.[fit]' && python benchmarks/fit.py
-    python benchmarks/fit.py --only v5e-64.qwen3_8b "4B on 8 x H100"
+    python benchmarks/fit.py
+    pip install -e '.[fit]' && python benchmarks/fit.py --compile
+    python benchmarks/fit.py --compile --again --only v5e-64.qwen3_8b "4B on 8 x H100"
+
+`--compile` compiles the rows that `benchmarks/fit_rows.json` does not have yet (minutes each, on
+one core) and adds each when it is done; without it, the table is printed from there.
 
 Each row is one program of a config of `configs/`, compiled by `--fit` in a process of its own: 256
 rows of 1,024 prompt and 4,096 response tokens in micro-batches of one row a device, scoring of
@@ -13,13 +17,18 @@ Beside it the pretraining step of MaxText 0.2.5 at one sequence of 4,096 tokens 
 rematerialisation and flash attention: arguments and temporaries, as compiled for the same slices
 (`PEER`; it needs an environment of its own, so these three are numbers here). Our OPD step has the
 same shapes, and float32 moments as it has.
+
+The other rows `*.qwen3_8b` are the same step on more and more devices: how memory and bytes sent
+of a device change from one slice to the next is printed below the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from common import ROOT, report
@@ -90,9 +99,12 @@ def peer(target, config, devices):
     )
 
 
+SCALING = {
+    "v5e": {chips: f"v5e-{chips}" for chips in (16, 32, 64, 128, 256)},
+    "v5p": {cores // 2: f"v5p-{cores}" for cores in (16, 32, 64, 128, 256, 512)},
+}
+"""Chips to the slice's name."""
 ROWS = {
-    "v5e-64.qwen3_8b": peer("v5e-64", "qwen3_8b", 64),
-    "v5e-32.qwen3_8b": peer("v5e-32", "qwen3_8b", 32),
     "v5p-32.qwen3_30b_a3b": peer("v5p-32", "qwen3_30b_a3b", 16),
     "4B on 8 x H100": step("h100:8", "qwen3_4b", 8),
     "4B on v5e-16": step("v5e-16", "qwen3_4b", 16),
@@ -110,6 +122,21 @@ ROWS = {
         )
         for shown, target in (("8 x H100", "h100:8"), ("v5e-16", "v5e-16"))
     },
+    **{
+        f"{target}.qwen3_8b": peer(target, "qwen3_8b", chips)
+        for slices in SCALING.values()
+        for chips, target in slices.items()
+    },
+}
+RECORDS = ROOT / "benchmarks" / "fit_rows.json"
+COLUMNS = {
+    "gib": "GiB",
+    "needed": "needed",
+    "free": "free",
+    "ratio": "FLOPs",
+    "sent": "sent",
+    "step": "step s",
+    "compile": "compiled",
 }
 
 
@@ -121,7 +148,8 @@ def compile_row(name, folder):
 
     target, config, stage, more = ROWS[name]
     devices = parse_target(target).count
-    more = (*more, f"sft.micro_batch_size={devices}")  # every batch has to fit the mesh
+    # Every batch has to fit the mesh.
+    more = (*more, f"sft.batch_size={max(devices, 128)}", f"sft.micro_batch_size={devices}")
     student, teacher = (folder / model for model in PAIRS[config])
     models = (f"model.student={student}", f"model.teacher={teacher}", f"run_dir={folder}")
     settings = [word.format(tokens=5120 * devices) for word in more]
@@ -144,29 +172,68 @@ def figures(found, program):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="every row's fit.json")
-    arguments = parser.parse_args()
-    told = {}
-    heads = ("GiB", "needed", "free", "FLOPs", "sent", "step s", "compiled")
-    print(" " * 22 + "".join(f"{head:>9}" for head in heads))
+def versions():
+    """Of the compilers."""
+    return {name: version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
+
+
+def recorded():
+    """Rows compiled so far: name -> figures."""
+    return json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+
+
+def record(name, row):
+    """Add a row; never half a file."""
+    known = recorded() | {name: row}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known))
+    RECORDS.with_suffix(".new").write_text(f"{{\n{lines}\n}}\n")
+    RECORDS.with_suffix(".new").replace(RECORDS)
+
+
+def compile_rows(names, keep):
+    """Compile, and record each row when it is done."""
     with tempfile.TemporaryDirectory() as scratch:
         for model, config in MODELS.items():
             (Path(scratch) / model).mkdir()
             (Path(scratch) / model / "config.json").write_text(json.dumps(config))
-        for name in arguments.only:
+        for name in names:
             found, program = compile_row(name, Path(scratch))
-            if arguments.keep is not None:
-                arguments.keep.mkdir(parents=True, exist_ok=True)
+            if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(found.to_json(), indent=1)
-                (arguments.keep / f"{name.replace(' ', '_')}.json").write_text(text)
-            row = figures(found, program)
-            values = "".join(f"{value:9.2f}" for value in row.values())
-            peer_gib = f"  peer {PEER[name]}" if name in PEER else ""
-            print(f"{name:22}{values}{peer_gib}  {program.problem[:60]}".rstrip(), flush=True)
-            told |= {f"{name}.{key}".replace(" ", "_"): value for key, value in row.items()}
+                (keep / f"{name.replace(' ', '_')}.json").write_text(text)
+            record(name, figures(found, program) | {"problem": program.problem[:60], **versions()})
+
+
+def print_scaling(rows):
+    """Memory and bytes sent of a device, over those of the slice before."""
+    for slices in SCALING.values():
+        have = [name for name in slices.values() if f"{name}.qwen3_8b" in rows]
+        for before, after in itertools.pairwise(have):
+            old, new = (rows[f"{name}.qwen3_8b"] for name in (before, after))
+            print(f"{before} -> {after}: memory x {new['gib'] / old['gib']:.2f}, "
+                  f"sent x {new['sent'] / old['sent']:.2f}")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--compile", action="store_true", help="compile rows that are not recorded")
+    parser.add_argument("--again", action="store_true", help="and those that are")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="every row's fit.json")
+    arguments = parser.parse_args()
+    if arguments.compile:
+        known = {} if arguments.again else recorded()
+        compile_rows([name for name in arguments.only if name not in known], arguments.keep)
+    told, rows = {}, recorded()
+    print(" " * 22 + "".join(f"{head:>9}" for head in COLUMNS.values()))
+    for name in (name for name in arguments.only if name in rows):
+        row = {key: rows[name][key] for key in COLUMNS}
+        values = "".join(f"{value:9.2f}" for value in row.values())
+        peer_gib = f"  peer {PEER[name]}" if name in PEER else ""
+        print(f"{name:22}{values}{peer_gib}  {rows[name]['problem']}".rstrip())
+        told |= {f"{name}.{key}".replace(" ", "_"): value for key, value in row.items()}
+    print_scaling(rows)
     report("fit", told)
 
 
