@@ -21,6 +21,8 @@ from tests.sampling.reference import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.exact
+
 END = (3, 5)
 
 

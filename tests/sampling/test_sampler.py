@@ -16,6 +16,8 @@ from tests.sampling.reference import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.exact
+
 END = (3, 5)
 LENGTHS = (1, 4, 16, 17, 9, 30, 2, 12, 20)
 

@@ -13,6 +13,8 @@ from opd_jax.sampling.keys import root_key, sample_keys, token_keys
 from opd_jax.sampling.transforms import bend, draw, transform_of, uses_of
 from tests.sampling.reference import bent_probs
 
+pytestmark = pytest.mark.exact
+
 LOGITS = np.array([2.0, 1.1, 0.3, -0.2, -1.0, 1.3, -3.0], np.float32)
 BENDS = {
     "plain": {},

@@ -16,6 +16,8 @@ from opd_jax.teacher.batches import padding_share, score_batches
 from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.score_pass import score_snapshot
 
+pytestmark = pytest.mark.exact
+
 forward = jax.jit(LanguageModel.forward, static_argnums=0)
 
 

@@ -6,12 +6,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import oracles
 from models import tiny
 
 from opd_jax.algo.logprobs import chosen_logprobs
 from opd_jax.algo.losses import Terms
 from opd_jax.train.step import Objective, gradients
+
+pytestmark = pytest.mark.exact
 
 VOCAB, LENGTH = 5, 3
 PROMPT = 1  # one prompt token, so that the first response token has a state

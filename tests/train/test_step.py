@@ -19,6 +19,8 @@ from opd_jax.train.step import (
     make_train_step,
 )
 
+pytestmark = pytest.mark.exact
+
 LOOP = LoopConfig(steps=8, batch_size=8, optim=OptimConfig(learning_rate=1e-3, warmup_steps=2))
 OBJECTIVES = [Objective("sft"), Objective("sampled"), Objective("topk", tail=True)]
 
