@@ -6,8 +6,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import oracles
+import pytest
 from models import tiny
 
 from opd_jax.algo.logprobs import chosen_logprobs
