@@ -1,8 +1,9 @@
-"""Grouped-query attention of new tokens to each other, and of one new token to a cache."""
+"""Grouped-query attention of the tokens of whole rows to each other, in plain XLA."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -14,6 +15,8 @@ from opd_jax.model.attention_mesh import mirrored, places
 NO_SEGMENT = -(2**31)  # of padding; no token has it
 MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
 BLOCK = 256
+ROW_BLOCK = 128
+"""Where rows are computed one by one, in the caches of a CPU's core."""
 SAVED = "attention"
 """Name of what the backward pass needs, for `jax.checkpoint` policies."""
 Pair = tuple[jax.Array, jax.Array]
@@ -55,6 +58,8 @@ def attend_chunked(
     segments_bt: jax.Array | None,
     block: int = BLOCK,
     axis: str | None = None,
+    *,
+    skip: bool = False,
 ) -> jax.Array:
     """`attend`, one tile of `block` x `block` scores at a time, forward and backward.
 
@@ -64,6 +69,7 @@ def attend_chunked(
     Args:
         axis: within `shard_map`, the mesh axis that cuts the tokens of the rows; the arrays are
             then this device's tokens. It gathers the others' keys and values.
+        skip: leave out tiles that segments mask in all rows.
     """
     b, t, n, h = q_btnh.shape
     k, c = k_btkh.shape[2], min(block, t if axis is None else -(-t // 2))
@@ -78,9 +84,31 @@ def attend_chunked(
     rows = (jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), segments)
     places_i = places(q_bkgth.shape[3] // c, axis)
     queries = Queries(mirrored(q_bkgth, axis, 3), mirrored(segments, axis, 1), places_i)
-    mixed = cast(jax.Array, _tiled(queries, *rows, c, axis))  # `custom_vjp` hides the type
+    mixed = cast(jax.Array, _tiled(queries, *rows, c, axis, skip))  # `custom_vjp` hides the type
     mixed_bkgth = mirrored(mixed, axis, 3)
     return jnp.moveaxis(mixed_bkgth, 3, 1).reshape(b, -1, n, h)[:, :t]
+
+
+def attend_by_row(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array | None,
+    block: int = ROW_BLOCK,
+) -> jax.Array:
+    """`attend_chunked`, one row after the other, without the tiles that segments mask whole.
+
+    For one CPU: a batch's tiles do not fit the caches of its cores, and what one row can leave out
+    another needs. The tiles left out are those whose ranges of segments do not meet, so all of
+    them where segments are numbered along the row.
+    """
+    tiles = functools.partial(attend_chunked, block=block, skip=segments_bt is not None)
+    if q_btnh.shape[0] == 1:
+        return tiles(q_btnh, k_btkh, v_btkh, segments_bt)
+    rows = [x[:, None] for x in (q_btnh, k_btkh, v_btkh)]
+    if segments_bt is None:
+        return jax.lax.map(lambda row: tiles(*row, None)[0], rows)
+    return jax.lax.map(lambda row: tiles(*row)[0], [*rows, segments_bt[:, None]])
 
 
 def pad_time(x_bt: jax.Array, multiple: int, value: int = 0) -> jax.Array:
@@ -108,7 +136,7 @@ class _Saved(NamedTuple):
     lse_bkgt: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _tiled(
     queries: Queries,
     keys_bksh: jax.Array,
@@ -116,8 +144,9 @@ def _tiled(
     segments_bt: jax.Array,
     c: int,
     axis: str | None,
+    skip: bool,
 ) -> jax.Array:
-    return _tiled_fwd(queries, keys_bksh, values_bksh, segments_bt, c, axis)[0]
+    return _tiled_fwd(queries, keys_bksh, values_bksh, segments_bt, c, axis, skip)[0]
 
 
 def _tiled_fwd(
@@ -127,10 +156,12 @@ def _tiled_fwd(
     segments_bt: jax.Array,
     c: int,
     axis: str | None,
+    skip: bool,
 ) -> tuple[jax.Array, _Saved]:
     q_bkgth = queries.q_bkgth
     b, k, g, t, h = q_bkgth.shape
     all_keys, all_values, all_segments = _of_whole_rows(keys_bksh, values_bksh, segments_bt, axis)
+    visible_ij = _visible(queries.segments_bt, all_segments, c) if skip else None
 
     def query_block(numbers: Pair) -> Pair:
         i, place = numbers
@@ -149,7 +180,8 @@ def _tiled_fwd(
 
         zero = jnp.zeros((b, k, g, c), jnp.float32)
         start = (zero + MASKED, zero, jnp.zeros((b, k, g, c, h), jnp.float32))
-        top, total, mixed = jax.lax.fori_loop(0, place + 1, key_block, start)
+        body = _where_visible(visible_ij, i, key_block)
+        top, total, mixed = jax.lax.fori_loop(0, place + 1, body, start)
         return (mixed / total[..., None]).astype(q_bkgth.dtype), top + jnp.log(total)
 
     mixed, lse = jax.lax.map(query_block, (jnp.arange(t // c), queries.places_i))
@@ -177,8 +209,35 @@ def _of_whole_rows(
     )
 
 
+def _visible(query_segments_bt: jax.Array, segments_bs: jax.Array, c: int) -> jax.Array:
+    """bool [i, j]: some query of block i may read block j, as their ranges of segments meet."""
+
+    def ranges(segments_bt: jax.Array) -> Pair:
+        # Padding, 0 in packed rows, comes after all segments.
+        placed = jnp.where(segments_bt > 0, segments_bt, jnp.iinfo(jnp.int32).max)
+        blocks_bic = placed.reshape(placed.shape[0], -1, c)
+        return jnp.min(blocks_bic, -1), jnp.max(blocks_bic, -1)
+
+    (low_bi, high_bi), (low_bj, high_bj) = ranges(query_segments_bt), ranges(segments_bs)
+    meet = (low_bi[:, :, None] <= high_bj[:, None]) & (high_bi[:, :, None] >= low_bj[:, None])
+    return jnp.any(meet, axis=0)
+
+
+def _where_visible(
+    visible_ij: jax.Array | None, i: jax.Array, body: Callable[[jax.Array, Any], Any]
+) -> Callable[[jax.Array, Any], Any]:
+    """A loop over key blocks without those that query block i cannot read."""
+    if visible_ij is None:
+        return body
+
+    def step(j: jax.Array, carry: Any) -> Any:
+        return jax.lax.cond(visible_ij[i, j], lambda x: body(j, x), lambda x: x, carry)
+
+    return step
+
+
 def _tiled_bwd(
-    c: int, axis: str | None, saved: _Saved, grad_bkgth: jax.Array
+    c: int, axis: str | None, skip: bool, saved: _Saved, grad_bkgth: jax.Array
 ) -> tuple[Queries, jax.Array, jax.Array, None]:
     """With weights P and their gradient dP: dS = P * (dP - rowsum(dO * O)).
 
@@ -189,6 +248,7 @@ def _tiled_bwd(
     keys_bksh, values_bksh, segments_bt = _of_whole_rows(*rows, axis)
     q_bkgth = queries.q_bkgth
     g, t = q_bkgth.shape[2:4]
+    visible_ij = _visible(queries.segments_bt, segments_bt, c) if skip else None
     delta_bkgt = jnp.einsum(
         "bkgth,bkgth->bkgt", grad_bkgth, mixed_bkgth, preferred_element_type=jnp.float32
     )
@@ -213,7 +273,8 @@ def _tiled_bwd(
             return q_grad, key_grads, value_grads
 
         start = (jnp.zeros(q.shape, jnp.float32), *carry)
-        q_grad, key_grads, value_grads = jax.lax.fori_loop(0, place + 1, key_block, start)
+        body = _where_visible(visible_ij, i, key_block)
+        q_grad, key_grads, value_grads = jax.lax.fori_loop(0, place + 1, body, start)
         return (key_grads, value_grads), q_grad.astype(q_bkgth.dtype)
 
     zeros = (jnp.zeros(keys_bksh.shape, jnp.float32), jnp.zeros(values_bksh.shape, jnp.float32))
@@ -269,39 +330,3 @@ def _transposed(x_bkgcs: jax.Array, y_bkgch: jax.Array) -> jax.Array:
     x = x_bkgcs.astype(y_bkgch.dtype).reshape(b, k, g * c, s)
     y = y_bkgch.reshape(b, k, g * c, -1)
     return jnp.einsum("bkqs,bkqh->bksh", x, y, preferred_element_type=jnp.float32)
-
-
-def attend_page(
-    q_rnh: jax.Array, keys_rkhs: jax.Array, values_rksh: jax.Array, count_r: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One new token per row (its softmax unfinished) over a page that already holds that token.
-
-    Keys have their positions last and values before the head dimension: both products then read
-    the page as it lies.
-
-    Args:
-        q_rnh: queries.
-        keys_rkhs: the row's tokens are the first `count_r[r]` of the page.
-        values_rksh: likewise.
-        count_r: int32; all tokens of the page if more, none if less than 1.
-
-    Returns:
-        values weighted by exp(score - top) [r, n, h], the sum of these weights [r, n], and the top:
-        the largest score [r, n], `MASKED` without tokens. All float32.
-    """
-    r, n, h = q_rnh.shape
-    k, s = values_rksh.shape[1:3]
-    q_rkgh = q_rnh.reshape(r, k, n // k, h) * (h**-0.5)
-    score = jnp.einsum("rkgh,rkhs->rkgs", q_rkgh, keys_rkhs, preferred_element_type=jnp.float32)
-    mask_rs = jnp.arange(s)[None, :] < count_r[:, None]
-    score = jnp.where(mask_rs[:, None, None], score, MASKED)
-    top_rkg = jnp.max(score, axis=-1)
-    weight = jnp.exp(score - top_rkg[..., None])
-    total_rkg = jnp.sum(weight, axis=-1)
-    mixed = jnp.einsum(
-        "rkgs,rksh->rkgh",
-        weight.astype(values_rksh.dtype),
-        values_rksh,
-        preferred_element_type=jnp.float32,
-    )
-    return mixed.reshape(r, n, h), total_rkg.reshape(r, n), top_rkg.reshape(r, n)

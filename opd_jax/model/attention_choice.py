@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from opd_jax.core.mesh import axis_size, platform_of
 from opd_jax.errors import ConfigError
-from opd_jax.model.attention import attend, attend_chunked
+from opd_jax.model.attention import attend, attend_by_row, attend_chunked
 from opd_jax.model.attention_mesh import Inputs, on_each_device
 
 KERNEL_OF = {"tpu": "splash", "gpu": "triton"}
@@ -65,6 +65,8 @@ def attend_rows(
     if name == "xla":
         return attend(q_btnh, k_btkh, v_btkh, segments_bt)
     if name == "chunked":
+        if case.platform == "cpu" and (mesh is None or mesh.size == 1):
+            return attend_by_row(q_btnh, k_btkh, v_btkh, segments_bt)
         if mesh is None or axis_size(mesh, "time") == 1:
             return attend_chunked(q_btnh, k_btkh, v_btkh, segments_bt)
 
@@ -88,7 +90,7 @@ def choose_attention(wanted: str, case: AttentionCase) -> str:
     |---|---|---|
     | `splash` | Pallas kernel of TPUs | TPU, from 128 tokens of a row on a device |
     | `triton` | Pallas-Triton kernel of GPUs | GPU, from 128 tokens, heads up to 128 |
-    | `chunked` | tiles of scores, plain XLA | the rest |
+    | `chunked` | tiles of scores, plain XLA; on one CPU row by row | the rest |
     | `xla` | all scores at once, plain XLA | nothing: on CPU it takes two to three times as long |
 
     A kernel runs per device on its rows and heads; `auto` leaves what the mesh does not divide to

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from opd_jax.model.attention import attend_page
+from opd_jax.model.attention import MASKED
 from opd_jax.model.transformer import LanguageModel
 
 Layer = tuple[jax.Array, ...]
@@ -238,3 +238,39 @@ def _write(cache: jax.Array, new_rkh: jax.Array, place_r: jax.Array, axis: int) 
     target = cache.at[rows_r, :, :, at_r] if axis == 3 else cache.at[rows_r, :, at_r]
     new_rkh = jnp.where(inside_r[:, None, None], new_rkh, target.get(mode="promise_in_bounds"))
     return target.set(new_rkh, mode="promise_in_bounds", unique_indices=True)
+
+
+def attend_page(
+    q_rnh: jax.Array, keys_rkhs: jax.Array, values_rksh: jax.Array, count_r: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One new token per row (its softmax unfinished) over a page that already holds that token.
+
+    Keys have their positions last and values before the head dimension: both products then read
+    the page as it lies.
+
+    Args:
+        q_rnh: queries.
+        keys_rkhs: the row's tokens are the first `count_r[r]` of the page.
+        values_rksh: likewise.
+        count_r: int32; all tokens of the page if more, none if less than 1.
+
+    Returns:
+        values weighted by exp(score - top) [r, n, h], the sum of these weights [r, n], and the top:
+        the largest score [r, n], `MASKED` without tokens. All float32.
+    """
+    r, n, h = q_rnh.shape
+    k, s = values_rksh.shape[1:3]
+    q_rkgh = q_rnh.reshape(r, k, n // k, h) * (h**-0.5)
+    score = jnp.einsum("rkgh,rkhs->rkgs", q_rkgh, keys_rkhs, preferred_element_type=jnp.float32)
+    mask_rs = jnp.arange(s)[None, :] < count_r[:, None]
+    score = jnp.where(mask_rs[:, None, None], score, MASKED)
+    top_rkg = jnp.max(score, axis=-1)
+    weight = jnp.exp(score - top_rkg[..., None])
+    total_rkg = jnp.sum(weight, axis=-1)
+    mixed = jnp.einsum(
+        "rkgs,rksh->rkgh",
+        weight.astype(values_rksh.dtype),
+        values_rksh,
+        preferred_element_type=jnp.float32,
+    )
+    return mixed.reshape(r, n, h), total_rkg.reshape(r, n), top_rkg.reshape(r, n)
