@@ -236,7 +236,7 @@ def test_the_room_is_what_is_left_beside_what_does_not_shrink():
 
 def report_of(needed):
     time = StepTime(1.0, 0.5, 0.25)
-    sent = [Collective("all-gather", "fsdp", 4, 2.0**30)]
+    sent = [Collective("all-gather", "fsdp", 4, 2.0**30, 2.0**20)]
     program = ProgramReport(
         *("train.opd", "8 rows of 16", "train.opd", 100, 128, 3e12, 2e12),
         needed,
@@ -277,7 +277,15 @@ def test_a_report_survives_its_json_and_counts_what_lies_beside():
 def test_the_tables_show_what_matters(capsys):
     print_report(report_of(9 * 2**30 + 1))
     said = capsys.readouterr().out
-    for text in ("train.opd", "10.00 GiB", "parameters 9.00 GiB", "all-gather", "40.0%", "1.50"):
+    for text in (
+        "train.opd",
+        "10.00 GiB",
+        "parameters 9.00 GiB",
+        "all-gather",
+        "1.00 MiB",
+        "40.0%",
+        "1.50",
+    ):
         assert text in said
     assert "tried train.opd with model.remat=full: fits, 1.00 GiB a device" in said
     assert said.rstrip().endswith("h100:8: does not fit")
