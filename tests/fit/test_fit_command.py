@@ -220,6 +220,15 @@ def test_changes_go_from_gentle_to_large_and_keep_the_batch():
     assert said == ["score.batch_tokens=2048", "mesh.fsdp=-1 alone"]
 
 
+def test_slices_keep_data_between_them():
+    config = load_config(QUICKSTART, ["mesh.data=4", "mesh.tensor=2"])
+    case = Case("rollout.decode", 8, 16, 0.0, slices=2)
+    said, last = tried(config, case)
+    assert said == ["rollout.slots=62", "mesh.data=2, mesh.fsdp=-1 alone"]
+    assert (last.mesh.data, last.mesh.fsdp, last.mesh.tensor) == (2, -1, 1)
+    assert tried(last, case)[0] == ["rollout.slots=15"]
+
+
 def test_a_micro_batch_has_as_many_rows_as_there_is_room_for():
     config = load_config(QUICKSTART, ["model.remat=full"])
     for share, rows in ((0.99, 64), (0.5, 32), (0.1, 8), (0.001, 2)):
