@@ -21,14 +21,15 @@ GPU_FLAGS = {
     # Source: "Tips for High-Performance LLMs with JAX and XLA", NVIDIA JAX-Toolbox.
     "xla_gpu_enable_pipelined_all_gather": "true",
 }
-TPU_FLAGS = {
-    "xla_tpu_enable_async_collective_fusion": "true",
-}
+TPU_FLAGS: dict[str, str] = {}
+"""None: what MaxText's benchmarks/xla_flags_library.py sets for asynchronous collectives, reduce-
+scatters and several slices makes the same programs as libtpu 0.0.42.1 by itself (docs/log.md)."""
 MEMORY_FRACTION = "0.95"
 """Of a GPU's memory that JAX takes, 0.75 by default; `--fit` counts on this much."""
 
 _MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """JAX's name and its older one; JAX refuses both together."""
+_READ_BY = {"gpu": ("XLA_FLAGS", GPU_FLAGS), "tpu": ("LIBTPU_INIT_ARGS", TPU_FLAGS)}
 _NAMES: dict[str, Platform] = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}
 _GPU_FILES = ("dev/nvidia[0-9]*", "dev/nvidiactl", "dev/dxg")
 _TPU_FILES = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
@@ -57,12 +58,12 @@ def _any_file(root: Path, patterns: tuple[str, ...]) -> bool:
 
 def variables(platform: Platform, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment variables to set on a platform, the user's own flags among them."""
-    if platform == "tpu":
-        return {"LIBTPU_INIT_ARGS": with_flags(environ.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS)}
     if platform == "cpu":
         return {}
-    found = {"XLA_FLAGS": with_flags(environ.get("XLA_FLAGS", ""), GPU_FLAGS)}
-    if not any(environ.get(name) for name in _MEMORY):
+    name, flags = _READ_BY[platform]
+    text = with_flags(environ.get(name, ""), flags)
+    found = {name: text} if text else {}
+    if platform == "gpu" and not any(environ.get(name) for name in _MEMORY):
         found[_MEMORY[0]] = MEMORY_FRACTION
     return found
 

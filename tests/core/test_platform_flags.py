@@ -64,11 +64,16 @@ def test_on_accelerators_every_flag_is_set_once():
     found = variables("gpu", {})
     assert flags_in(found["XLA_FLAGS"]) == GPU_FLAGS
     assert found["XLA_CLIENT_MEM_FRACTION"] == "0.95"
-    assert flags_in(variables("tpu", {})["LIBTPU_INIT_ARGS"]) == TPU_FLAGS
     assert GPU_FLAGS
-    assert TPU_FLAGS
+    assert flags_in(variables("tpu", {}).get("LIBTPU_INIT_ARGS", "")) == TPU_FLAGS
     again = variables("gpu", found)
     assert again == {"XLA_FLAGS": found["XLA_FLAGS"]}
+
+
+def test_on_tpus_flags_go_to_libtpu(monkeypatch):
+    monkeypatch.setitem(TPU_FLAGS, "xla_tpu_one", "true")
+    given = {"LIBTPU_INIT_ARGS": "--xla_tpu_two=2", "XLA_FLAGS": "--a=b"}
+    assert variables("tpu", given) == {"LIBTPU_INIT_ARGS": "--xla_tpu_two=2 --xla_tpu_one=true"}
 
 
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
