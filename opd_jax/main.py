@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from opd_jax.config_load import load_config
+from opd_jax.core import platform_flags
 from opd_jax.errors import ConfigError, OPDError, Preempted
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _run_store_tool(arguments)
     _check_flags(arguments)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.fit is None:
+        platform_flags.set_flags()
     # jax and what builds on it take seconds to import: a misspelt key should not wait for them.
     from opd_jax.core import compile_cache
 

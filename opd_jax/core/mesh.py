@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.config import MeshConfig
+from opd_jax.core.mesh_layout import device_grid, islands_of
 from opd_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
@@ -34,8 +35,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lay the devices out as `data` x `fsdp` x `tensor` x `expert` x `context`.
 
+    Which stands where, `mesh_layout` decides by their links.
+
     Raises:
-        ConfigError: the axes ask for more devices than there are, or do not divide them.
+        ConfigError: the axes ask for more devices than there are, or do not divide them; or there
+            are several TPU slices, and `data` is no multiple of their number.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -62,8 +66,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh: {_axes_text(sizes)} takes {needed} of {len(devices)} devices; with several "
             "processes it must take all of them"
         )
-    grid = np.array(devices[:needed]).reshape(sizes)
+    _check_slices(devices, sizes)
+    grid = device_grid(devices[:needed], dict(zip(MESH_AXES, sizes, strict=True)))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _check_slices(devices: Sequence[Any], sizes: Sequence[int]) -> None:
+    """Raises ConfigError where another axis than `data` would cross TPU slices."""
+    slices = len(islands_of(devices)) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return
+    if sizes[0] % slices:
+        raise ConfigError(
+            f"mesh: {_axes_text(sizes)}: between the {slices} TPU slices there is only a network, "
+            f"which data alone may cross; set mesh.data={slices} or a multiple of it"
+        )
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"mesh: {_axes_text(sizes)} takes {math.prod(sizes)} of {len(devices)} devices; with "
+            "several TPU slices it must take all of them"
+        )
 
 
 def _axes_text(sizes: Sequence[int]) -> str:

@@ -128,7 +128,8 @@ def _tries(setup: Setup, failing: ProgramReport, say: Say) -> Iterator[Try]:
     """Changes for one program, each on top of those before, until it fits."""
     name, said = failing.name, list[str]()
     for step in steps_of(name):
-        case = Case(name, setup.ways, setup.target.count, room_share(failing))
+        target = setup.target
+        case = Case(name, setup.ways, target.count, room_share(failing), target.slices)
         found = step(setup.config, case)
         if found is None:
             continue

@@ -23,12 +23,14 @@ class Case(NamedTuple):
         ways: into how many parts the mesh cuts rows.
         devices: of the target.
         share: of the rows of a forward pass, for which there should be room.
+        slices: TPU slices of the target, which `data` has to hold.
     """
 
     name: str
     ways: int
     devices: int
     share: float
+    slices: int = 1
 
     @property
     def trains(self) -> bool:
@@ -99,10 +101,17 @@ def _with_micro(name: str, rows: int) -> Change:
 
 
 def _fsdp(config: Config, case: Case) -> Change | None:
+<<<<<<< HEAD
     now = (config.mesh or MeshConfig()).model_dump()
     if now in (ALL_FSDP, {**ALL_FSDP, "fsdp": case.devices}):
+=======
+    now = {axis: getattr(config.mesh, axis) for axis in ALL_FSDP}
+    wanted = {**ALL_FSDP, "data": case.slices}
+    if now in (wanted, {**wanted, "fsdp": case.devices // case.slices}):
+>>>>>>> platform
         return None
-    words, tree = "mesh.fsdp=-1 alone", {"mesh": dict(ALL_FSDP)}
+    apart = f"mesh.data={case.slices}, " if case.slices > 1 else ""
+    words, tree = f"{apart}mesh.fsdp=-1 alone", {"mesh": wanted}
     if not case.trains:
         return words, tree
     loop = config.sft if case.name == "sft" else config.train.runs[_run(case.name)]

@@ -1,4 +1,11 @@
-"""What a compiled program sends between devices: kind, mesh axes, how often, bytes."""
+"""What a compiled program sends between devices: kind, mesh axes, how often, bytes.
+
+XLA for TPUs compiles a program of several slices for one of them: its collectives count the devices
+of a slice, and what goes between slices are `send`s to the hosts, which exchange it:
+
+    %send.2 = (...) send(%x, %after-all), channel_id=4, is_host_transfer=true, frontend_attributes={
+      _xla_megascale_target="{1,2}x{0:3}", _xla_megascale_transfer_type="ALL_REDUCE"}
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_jax.fit.hlo import Instruction, Module, array_bytes, executed
+from opd_jax.fit.hlo import Computation, Instruction, Module, array_bytes, executed
 
 KINDS = (
     "all-gather",
@@ -29,6 +36,7 @@ _MESH = re.compile(
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 _GROUP = re.compile(r"\{([\d, ]+)\}")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclass(frozen=True)
@@ -41,52 +49,87 @@ class Collective:
         sent_bytes: what a device sends in all of these, as on a ring: of n devices an all-gather
             sends a shard n - 1 times, a reduce-scatter (n - 1) / n of its input, an all-reduce
             twice that.
-        across_nodes: over the network between nodes, not over their links.
+        network_bytes: of these, what goes over the network between slices or nodes.
     """
 
     kind: str
     axes: str
     count: int
     sent_bytes: float
-    across_nodes: bool = False
+    network_bytes: float = 0.0
 
 
 def collectives(
-    module: Module, mesh: Mapping[str, int], unknown_trips: int = 1, node: int = 0
+    module: Module,
+    mesh: Mapping[str, int],
+    unknown_trips: int = 1,
+    islands: Sequence[int] = (),
 ) -> list[Collective]:
     """The collectives of a program, the largest first.
 
     Args:
         mesh: sizes of the axes in their order; device i of the program is the i-th of the mesh.
         unknown_trips: as `executed` takes it.
-        node: devices of a node; 0: all are in one.
+        islands: of each device, its slice or node; without them, all are in one.
     """
     # Of a collective that runs beside other work, XLA for TPUs repeats the line in each part of it.
-    seen: set[tuple[str, int]] = set()
-    counts: dict[tuple[str, str, bool], int] = defaultdict(int)
-    sent: dict[tuple[str, str, bool], float] = defaultdict(float)
+    seen: set[tuple[str, str, int]] = set()
+    counts: dict[tuple[str, str, int], int] = defaultdict(int)
+    sent: dict[tuple[str, str, int], float] = defaultdict(float)
+    shares: dict[tuple[str, str, int], float] = {}
     for computation, instruction, times in executed(module, unknown_trips, into_fusions=True):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        if computation.name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # XLA for TPUs names a fusion so that does no more than that
+        kind = _kind(computation, instruction)
         channel = _CHANNEL.search(instruction.attributes)
-        if channel is not None and (channel[1], times) in seen:
+        if not kind or (channel is not None and (instruction.opcode, channel[1], times) in seen):
             continue
         if channel is not None:
-            seen.add((channel[1], times))
-        group = group_of(instruction, mesh)
+            seen.add((instruction.opcode, channel[1], times))
+        whole = instruction.opcode == "send"
+        group = _one_of_each(islands) if whole else group_of(instruction, mesh)
         if len(group) < 2:
             continue
         given = [computation.instructions.get(name) for name in instruction.operands]
         size = sum(array_bytes(x.result) for x in given if x is not None)
-        across = node > 0 and len({device // node for device in group}) > 1
-        key = kind, axes_of(group, mesh), across
+        spread = len({islands[device] for device in group}) if islands else 1
+        key = kind, axes_of(group, mesh), spread
         counts[key] += times
         sent[key] += times * sent_bytes(kind, size, len(group))
-    found = [Collective(k[0], k[1], counts[k], sent[k], k[2]) for k in counts]
+        shares[key] = network_share(kind, len(group), spread)
+    found = [Collective(*k[:2], counts[k], sent[k], sent[k] * shares[k]) for k in counts]
     return sorted(found, key=lambda x: -x.sent_bytes)
+
+
+def _kind(computation: Computation, instruction: Instruction) -> str:
+    """One of `KINDS`, or nothing."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == "send" and (found := _BETWEEN_SLICES.search(instruction.attributes)):
+        kind = found[1].lower().replace("_", "-")
+        return kind if kind in KINDS else "collective-permute"
+    if kind in KINDS and computation.name.startswith("all-reduce-scatter"):
+        return "reduce-scatter"  # XLA for TPUs names a fusion so that does no more than that
+    return kind if kind in KINDS else ""
+
+
+def _one_of_each(islands: Sequence[int]) -> list[int]:
+    """The first device of each island: those that exchange where slices do."""
+    return [islands.index(island) for island in sorted(set(islands))]
+
+
+def network_share(kind: str, ways: int, islands: int) -> float:
+    """Of the bytes that `ways` devices send, the part between the islands that they are in.
+
+    As an exchange in two steps has it: among the devices of an island, and among those that have
+    the same place in different islands. All-gather, reduce-scatter and all-reduce then send
+    (islands - 1) / (ways - 1) of their bytes between islands; a permutation is taken to cross.
+    """
+    if islands == 1:
+        return 0.0
+    if kind in ("all-to-all", "ragged-all-to-all"):
+        return (ways - ways / islands) / (ways - 1)
+    return (islands - 1) / (ways - 1) if kind in _IN_TWO_STEPS else 1.0
+
+
+_IN_TWO_STEPS = ("all-gather", "all-reduce", "reduce-scatter")
 
 
 def sent_bytes(kind: str, size: int, ways: int) -> float:

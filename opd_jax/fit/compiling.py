@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from opd_jax.core.mesh_layout import island_of
 from opd_jax.core.peak import peak_flops
 from opd_jax.fit.changes import ACTIVATIONS
 from opd_jax.fit.collectives import collectives
@@ -95,7 +96,8 @@ def _timed(setup: Setup, draft: Draft, report: ProgramReport, text: str) -> Prog
     """With what follows from the compiled text: collectives, memory traffic, seconds."""
     module, device = parse_module(text), setup.target.device
     sizes = {name: int(size) for name, size in setup.mesh.shape.items()}
-    sent = collectives(module, sizes, draft.loops, device.node)
+    islands = [island_of(x) for x in setup.mesh.devices.flat]
+    sent = collectives(module, sizes, draft.loops, islands)
     traffic = memory_traffic(module, draft.loops)
     taken = step_time(device, report.flops / setup.mesh.size, traffic, sent)
     peak = peak_flops(device.kind)

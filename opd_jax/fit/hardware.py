@@ -25,7 +25,7 @@ class Device:
         bandwidth: of that memory, bytes/s.
         link: what a device sends to its neighbours, bytes/s in one direction: on a TPU both links
             of one axis of the torus, on a GPU all of NVLink.
-        network: bytes/s a device between nodes; of TPU slices 0, they have none inside.
+        network: bytes/s a device between nodes or slices: the hosts' network over their devices.
         node: devices that share the links; 0: all.
     """
 
@@ -33,7 +33,7 @@ class Device:
     memory: int
     bandwidth: float
     link: float
-    network: float = 0.0
+    network: float
     node: int = 0
 
 
@@ -57,10 +57,10 @@ def _nvidia(kind: str, memory: int, bandwidth: float, link: float, network: floa
 
 
 TPUS = {
-    "v4": Device("TPU v4", 32 * GIB, 1.228e12, 9e10),
-    "v5e": Device("TPU v5 lite", 16 * GIB, 8.19e11, 9e10),
-    "v5p": Device("TPU v5", 95 * GIB, 2.765e12, 1.8e11),
-    "v6e": Device("TPU v6 lite", 32 * GIB, 1.638e12, 1.8e11),
+    "v4": Device("TPU v4", 32 * GIB, 1.228e12, 9e10, 6.25e9),
+    "v5e": Device("TPU v5 lite", 16 * GIB, 8.19e11, 9e10, 3.125e9),
+    "v5p": Device("TPU v5", 95 * GIB, 2.765e12, 1.8e11, 6.25e9),
+    "v6e": Device("TPU v6 lite", 32 * GIB, 1.638e12, 1.8e11, 1.25e10),
 }
 _A100_40 = Card(
     _nvidia("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1.5552e12, 3e11, 2.5e10),

@@ -4,7 +4,7 @@
     compute = FLOPs of a device / (peak FLOP/s x 0.6)
     memory  = bytes read and written / (memory bandwidth x 0.8)
     links   = bytes sent inside a node or slice / (link bandwidth x 0.8)
-              + bytes sent between nodes / (network bandwidth x 0.8)
+              + bytes sent between slices or nodes / (network bandwidth x 0.8)
 
 The largest of the three, not their sum: compilers and kernels overlap them. The efficiencies are
 what good programs reach; they are assumptions, not measurements.
@@ -33,8 +33,8 @@ def step_time(device: Device, flops: float, traffic: float, sent: Sequence[Colle
     """
     peak = peak_flops(device.kind)
     assert peak is not None, device.kind
-    inside = sum(x.sent_bytes for x in sent if not x.across_nodes)
-    between = sum(x.sent_bytes for x in sent if x.across_nodes)
+    between = sum(x.network_bytes for x in sent)
+    inside = sum(x.sent_bytes for x in sent) - between
     links = inside / (device.link * LINKS)
     if between:
         links += between / (device.network * LINKS)

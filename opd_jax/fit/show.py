@@ -130,16 +130,17 @@ def _work(report: FitReport) -> Table:
 
 
 def _sent(report: FitReport) -> Table:
-    columns = ("program", "collective", "axes", "times", "bytes")
+    columns = ("program", "collective", "axes", "times", "bytes", "over the network")
     table = _table("sent by a device in a run", *columns, left=3)
     for program in report.programs:
         for number, found in enumerate(program.collectives[:COLLECTIVES_SHOWN]):
             table.add_row(
                 "" if number else program.name,
-                found.kind + (" (between nodes)" if found.across_nodes else ""),
+                found.kind,
                 found.axes,
                 f"{found.count:,}",
                 size(found.sent_bytes),
+                size(found.network_bytes) if found.network_bytes else "",
             )
     return table
 

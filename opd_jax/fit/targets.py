@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from opd_jax.errors import ConfigError
 from opd_jax.fit.hardware import CARDS, TPUS, Device
 
-EXAMPLES = "v5e-16, v5e:4x4, v5p-32, 8xh100 or h100:8"
+EXAMPLES = "v5e-16, v5e:4x4, v5p-32, 2xv5e-16, 8xh100 or h100:8"
 CORES_A_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 """What the number in a slice's name counts: TensorCores, of which a chip has so many."""
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -28,6 +29,7 @@ SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
 """Chips of a slice to its shape."""
 MOST_CHIPS = {"v4": 4096, "v5p": 8960, "v5e": 256, "v6e": 256}
 MOST_CARDS = 4096
+MOST_SLICES = 64
 MOST_AUTO = 256
 """Devices of the largest target that `auto` tries."""
 
@@ -38,14 +40,16 @@ class Target:
 
     Attributes:
         generation: a key of `TPUS` or `CARDS`.
-        count: devices as JAX counts them: chips, cards.
+        count: devices as JAX counts them: chips of all slices, cards.
         shape: of a slice, as libtpu writes it; empty for cards.
+        slices: how many such slices, joined by the network.
     """
 
     name: str
     generation: str
     count: int
     shape: str = ""
+    slices: int = 1
 
     @property
     def device(self) -> Device:
@@ -60,14 +64,15 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """A target by its name: `v5e-16`, `v5e:4x4`, `v5p-32`, `h100:8`, `8xh100`.
+    """A target by its name: `v5e-16`, `v5e:4x4`, `v5p-32`, `2xv5e-16`, `h100:8`, `8xh100`.
 
     Raises:
         ConfigError: there is no such chip, card, shape or number.
     """
     name = text.strip().lower()
-    if found := re.fullmatch(r"(v\d+[a-z]*)[:-]([\dx]+)", name):
-        return _slice(text, found[1], found[2], shaped=":" in name)
+    if found := re.fullmatch(r"(?:(\d+)x)?(v\d+[a-z]*)[:-]([\dx]+)", name):
+        one = _slice(text, found[2], found[3], shaped=":" in name)
+        return one if found[1] is None else _several(text, one, int(found[1]))
     for pattern in (r"(?P<card>[a-z]\d+(-\d+)?):(?P<count>\d+)", r"(?P<count>\d+)x(?P<card>.+)"):
         if found := re.fullmatch(pattern, name):
             return _cards(text, found["card"], int(found["count"]))
@@ -114,6 +119,14 @@ def _slice(text: str, generation: str, size: str, *, shaped: bool) -> Target:
             f"{MOST_CHIPS[generation]}"
         )
     return Target(text.strip(), generation, math.prod(dims), "x".join(map(str, dims)))
+
+
+def _several(text: str, one: Target, slices: int) -> Target:
+    if not 1 <= slices <= MOST_SLICES:
+        raise ConfigError(
+            f"fit: target '{text}': {slices} slices; give 1 to {MOST_SLICES}, as in 2xv5e-16"
+        )
+    return dataclasses.replace(one, count=slices * one.count, slices=slices)
 
 
 def _named_slice(text: str, generation: str, size: str) -> Target:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opd_jax.core.platform_flags import variables
 from opd_jax.errors import ConfigError
 from opd_jax.fit.hardware import CARDS, card_text
 from opd_jax.fit.targets import Target, parse_target
@@ -19,12 +20,16 @@ from opd_jax.fit.targets import Target, parse_target
 def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment variables for a process that compiles for absent devices.
 
+    With the flags that a run would have there, the user's own for GPUs and TPUs included.
+
     Args:
         base: what to start from; by default, this process's environment.
     """
     own = dict(os.environ if base is None else base)
     # Fake CPU devices and other flags of this process are none of the compilers' business.
-    own.pop("XLA_FLAGS", None)
+    given = own.pop("XLA_FLAGS", "").split()
+    own["XLA_FLAGS"] = " ".join(flag for flag in given if flag.startswith("--xla_gpu_"))
+    own |= {**variables("gpu", own), **variables("tpu", own)}
     return own | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -68,10 +73,12 @@ def devices_of(target: str) -> Sequence[Any]:
 
 
 def _layout(target: Target) -> dict[str, Any]:
-    """What libtpu has to be told besides a slice's name: one chip a host, two cores a device."""
-    if target.count == 1:
-        return {"chips_per_host_bounds": [1, 1, 1]}
-    return {"chip_config_name": "megacore"} if target.generation == "v4" else {}
+    """What libtpu has to be told besides a slice's name: slices, one chip a host, two cores a
+    device."""
+    several: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+    if target.count == target.slices:
+        return several | {"chips_per_host_bounds": [1, 1, 1]}
+    return several | ({"chip_config_name": "megacore"} if target.generation == "v4" else {})
 
 
 def _require(module: str, target: str) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from opd_jax.config import Config, MeshConfig
 from opd_jax.core.mesh import axis_size, make_mesh
+from opd_jax.core.mesh_layout import islands_of
 from opd_jax.errors import ConfigError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.load import architecture_of
@@ -51,7 +52,7 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
         ModelError: a model cannot be read.
     """
     models = [architecture_of(path) for path in (config.model.student, config.model.teacher)]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len(islands_of(devices)) if devices[0].platform == "tpu" else 1
     found: dict[tuple[int, ...], MeshConfig] = {}
     refused: ConfigError | None = None
     for mesh in proposals(len(devices), slices, max(arch.num_experts for arch in models)):

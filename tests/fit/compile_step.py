@@ -53,20 +53,24 @@ def with_experts(experts: int) -> Architecture:
     )
 
 
-def main(target: str, remat: str, experts: str = "0") -> None:
-    mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
-    arch = with_experts(int(experts)) if int(experts) else ARCHITECTURE
+def compiled_step(mesh, arch, remat, rows):
     model = LanguageModel(arch, "bfloat16", remat, mesh)
     optimizer = make_optimizer(model, LoopConfig())
 
     def array(dtype):
-        return jax.ShapeDtypeStruct((ROWS, TOKENS), dtype, sharding=batch_sharding(mesh))
+        return jax.ShapeDtypeStruct((rows, TOKENS), dtype, sharding=batch_sharding(mesh))
 
     batch = {name: array(jnp.int32) for name in ("input_bt", "target_bt", "positions_bt")}
     batch |= {name: array(jnp.float32) for name in ("teacher_bt", "sampler_bt", "weight_bt")}
     batch["mask_bt"] = array(jnp.bool_)
     step = make_train_step(model, Objective("sampled"), optimizer, 1)
-    compiled = step.lower(abstract_state(model, optimizer), batch).compile()
+    return step.lower(abstract_state(model, optimizer), batch).compile()
+
+
+def main(target: str, remat: str, experts: str = "0") -> None:
+    mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
+    arch = with_experts(int(experts)) if int(experts) else ARCHITECTURE
+    compiled = compiled_step(mesh, arch, remat, ROWS)
     memory = compiled.memory_analysis()
     inputs = arch.num_layers * ROWS // mesh.size * TOKENS * arch.embed_dim * 2
     weights = len(arch.sparse_layers) * arch.num_experts * 3 * arch.embed_dim * arch.expert_ffn_dim
@@ -79,6 +83,7 @@ def main(target: str, remat: str, experts: str = "0") -> None:
                 # In the loops over layers: forward, two backward, and what is repeated.
                 "kernels": len(re.findall(KERNEL, compiled.as_text())),
                 "expert_weights": weights,
+                "pipelined": len(re.findall('"is_pipelined":true', compiled.as_text())),
             }
         )
     )

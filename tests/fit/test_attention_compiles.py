@@ -48,6 +48,6 @@ def test_an_unknown_target(target):
 
 def test_the_environment_keeps_fake_devices_out():
     made = environment({"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "HOME": "/home"})
-    assert "XLA_FLAGS" not in made
+    assert "host_platform" not in made["XLA_FLAGS"]
     assert made["HOME"] == "/home"
     assert made["JAX_PLATFORMS"] == "cpu"

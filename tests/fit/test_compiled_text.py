@@ -3,7 +3,14 @@
 
 import pytest
 
-from opd_jax.fit.collectives import axes_of, collectives, group_of, sent_bytes
+from opd_jax.fit.collectives import (
+    Collective,
+    axes_of,
+    collectives,
+    group_of,
+    network_share,
+    sent_bytes,
+)
 from opd_jax.fit.compiling import said_bytes
 from opd_jax.fit.hlo import Instruction, array_bytes, executed, parse_module
 from opd_jax.fit.traffic import memory_traffic
@@ -107,8 +114,67 @@ def test_a_collective_in_several_parts_counts_once():
 
 
 def test_what_leaves_a_node_is_told_apart():
-    found = {x.axes: x.across_nodes for x in collectives(parse_module(TEXT), MESH, 5, node=2)}
-    assert found == {"fsdp": True, "tensor": False}
+    found = collectives(parse_module(TEXT), MESH, 5, [0, 0, 1, 1])
+    assert {x.axes: x.network_bytes for x in found if x.kind.startswith("all-")} == {
+        "fsdp": 25 * 8 * 4 * 4,
+        "tensor": 0,
+    }
+    assert not any(x.network_bytes for x in collectives(parse_module(TEXT), MESH, 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("all-gather", 1), ("reduce-scatter", 16), ("all-reduce", 16), ("all-to-all", 16)],
+)
+def test_an_exchange_in_two_steps_sends_as_much_and_little_of_it_between_islands(kind, size):
+    """16 devices on 2 nodes of 8: of the shards of an all-gather only one leaves a node by each."""
+    ways, islands = 16, 2
+    inside = ways // islands
+    between = {
+        "all-gather": sent_bytes(kind, size, islands),
+        "reduce-scatter": sent_bytes(kind, size // inside, islands),
+        "all-reduce": sent_bytes(kind, size // inside, islands),
+        "all-to-all": size / ways * (ways - inside),
+    }[kind]
+    total = sent_bytes(kind, size, ways)
+    assert total * network_share(kind, ways, islands) == pytest.approx(between)
+    assert network_share(kind, ways, 1) == 0
+    assert network_share(kind, islands, islands) == 1
+    assert network_share("collective-permute", 2, 2) == 1
+
+
+SLICED = """
+HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (w: f32[8,4]) -> f32[8,4] {
+  %w = f32[8,4]{1,0} parameter(0)
+  %token = token[] after-all()
+  %reduced = f32[8,4]{1,0} all-reduce(%w), channel_id=4, replica_groups={{0,1}}, to_apply=%add
+  %send.2 = (f32[8,4]{1,0}, u32[], token[]) send(%reduced, %token), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.3_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.2 = (f32[8,4]{1,0}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent.2 = token[] send-done(%send.2), channel_id=4, is_host_transfer=true
+  %offloaded = (f32[8,4]{1,0}, u32[], token[]) send(%w, %token), channel_id=9, is_host_transfer=true
+  ROOT %out = (f32[8,4]{1,0}, token[]) recv-done(%recv.2), channel_id=3, is_host_transfer=true
+}
+"""
+
+
+def test_what_slices_send_each_other_by_their_hosts_is_a_collective():
+    mesh = {"data": 3, "fsdp": 2}
+    found = collectives(parse_module(SLICED), mesh, 1, [0, 0, 1, 1, 2, 2])
+    size = 8 * 4 * 4
+    assert sorted(found, key=lambda x: x.axes) == [
+        Collective(
+            "all-reduce", "data", 1, pytest.approx(2 * 2 / 3 * size), pytest.approx(4 / 3 * size)
+        ),
+        Collective("all-reduce", "fsdp", 1, size, 0),
+    ]
 
 
 @pytest.mark.parametrize(

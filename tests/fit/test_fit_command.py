@@ -238,6 +238,15 @@ def test_changes_go_from_gentle_to_large_and_keep_the_batch():
     assert said == ["score.batch_tokens=2048", "mesh.fsdp=-1 alone"]
 
 
+def test_slices_keep_data_between_them():
+    config = load_config(QUICKSTART, ["mesh.data=4", "mesh.tensor=2"])
+    case = Case("rollout.decode", 8, 16, 0.0, slices=2)
+    said, last = tried(config, case)
+    assert said == ["rollout.slots=62", "mesh.data=2, mesh.fsdp=-1 alone"]
+    assert (last.mesh.data, last.mesh.fsdp, last.mesh.tensor) == (2, -1, 1)
+    assert tried(last, case)[0] == ["rollout.slots=15"]
+
+
 def test_a_micro_batch_has_as_many_rows_as_there_is_room_for():
     config = load_config(QUICKSTART, ["model.remat=full"])
     for share, rows in ((0.99, 64), (0.5, 32), (0.1, 8), (0.001, 2)):
@@ -254,7 +263,7 @@ def test_the_room_is_what_is_left_beside_what_does_not_shrink():
 
 def report_of(needed):
     time = StepTime(1.0, 0.5, 0.25)
-    sent = [Collective("all-gather", "fsdp", 4, 2.0**30)]
+    sent = [Collective("all-gather", "fsdp", 4, 2.0**30, 2.0**20)]
     program = ProgramReport(
         *("train.opd", "8 rows of 16", "train.opd", 100, 128, 3e12, 2e12),
         needed,
@@ -295,7 +304,15 @@ def test_a_report_survives_its_json_and_counts_what_lies_beside():
 def test_the_tables_show_what_matters(capsys):
     print_report(report_of(9 * 2**30 + 1))
     said = capsys.readouterr().out
-    for text in ("train.opd", "10.00 GiB", "parameters 9.00 GiB", "all-gather", "40.0%", "1.50"):
+    for text in (
+        "train.opd",
+        "10.00 GiB",
+        "parameters 9.00 GiB",
+        "all-gather",
+        "1.00 MiB",
+        "40.0%",
+        "1.50",
+    ):
         assert text in said
     assert "tried train.opd with model.remat=full: fits, 1.00 GiB a device" in said
     assert said.rstrip().endswith("h100:8: does not fit")

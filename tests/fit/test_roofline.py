@@ -20,8 +20,13 @@ def test_each_resource_takes_its_work_over_what_it_reaches():
 def test_between_nodes_the_network_counts():
     device = CARDS["h100"].device
     inside = Collective("all-gather", "tensor", 1, 4.5e11 * 0.8)
-    between = Collective("all-reduce", "data", 1, 5e10 * 0.8, across_nodes=True)
+    between = Collective("all-reduce", "data", 1, 4.5e11 * 0.8 + 5e10 * 0.8, 5e10 * 0.8)
     assert step_time(device, 0, 0, [inside]).links == pytest.approx(1.0)
     found = step_time(device, 1e12, 1e12, [inside, between])
-    assert found.links == pytest.approx(2.0)
+    assert found.links == pytest.approx(3.0)
     assert found.bound == "links"
+
+
+def test_between_slices_the_hosts_network_counts():
+    between = Collective("all-reduce", "data", 1, 3.125e9 * 0.8, 3.125e9 * 0.8)
+    assert step_time(TPUS["v5e"], 0, 0, [between]).links == pytest.approx(1.0)

@@ -28,7 +28,11 @@ GOOD = {
     "8xA100-80": ("a100-80", 8, ""),
     "b200": ("b200", 1, ""),
     "h100:16": ("h100", 16, ""),
+    "2xv5e-16": ("v5e", 32, "4x4"),
+    "4xv5p-32": ("v5p", 64, "2x2x4"),
+    "2xv6e:2x4": ("v6e", 16, "2x4"),
 }
+SLICES = {"2xv5e-16": 2, "4xv5p-32": 4, "2xv6e:2x4": 2}
 BAD = {
     "": "unknown target ''",
     "cpu": "unknown target 'cpu'",
@@ -42,6 +46,10 @@ BAD = {
     "8xa100": "unknown card 'a100'; known: a100-40, a100-80, h100, h200, b200",
     "h100:0": "0 cards; give 1 to 8, or whole nodes of 8",
     "h100:12": "12 cards",
+    "0xv5e-16": "0 slices; give 1 to 64, as in 2xv5e-16",
+    "65xv5e-16": "65 slices",
+    "2xv5e-17": "target '2xv5e-17': v5e slices have",
+    "2xv9-16": "unknown TPU 'v9'",
 }
 
 
@@ -49,6 +57,7 @@ BAD = {
 def test_a_target_is_known_by(name):
     found = parse_target(name)
     assert (found.generation, found.count, found.shape) == GOOD[name]
+    assert found.slices == SLICES.get(name, 1)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -99,6 +108,7 @@ def test_auto_tries_small_slices_first():
 def test_every_kind_of_slice_and_card_has_as_many_devices_as_it_is_named_for():
     """In a process of its own, as the plugins settle what JAX sees."""
     names = ["v5e-1", "v5e-4", "v5e-256", "v6e-8", "v5p-32", "v4-16", "v5p:2x2x1"]
+    names += ["2xv5e-16", "2xv5p-8", "2xv5e-1", "2xv4-16"]
     names += ["a100-40:4", "a100-80:8", "h100:8", "h200:2", "b200:8", "h100:16"]
     code = (
         "from opd_jax.fit.topology import devices_of\n"

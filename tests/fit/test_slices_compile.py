@@ -1,0 +1,30 @@
+"""Several TPU slices: what the compiled train step sends between them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_jax.fit.topology import environment
+
+SCRIPT = Path(__file__).with_name("compile_slices.py")
+
+
+@pytest.mark.slow
+def test_only_data_crosses_the_network_and_mostly_gradients_do():
+    """Beside the gradients, what is scattered into the head's: the vectors of the targets."""
+    command = [sys.executable, str(SCRIPT), "2xv5e:2x2", "2", "4"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["islands"] == [0] * 4 + [1] * 4
+    crossing = [x for x in found["sent"] if x["network_bytes"]]
+    assert {x["axes"] for x in crossing} == {"data"}
+    assert all(x["network_bytes"] == x["sent_bytes"] for x in crossing)
+    assert {x["axes"] for x in found["sent"] if not x["network_bytes"]} == {"fsdp"}
+    sent = {x["kind"]: x["sent_bytes"] for x in crossing}
+    # Layers' gradients in bfloat16, those of the embedding, and of it as a head, in float32.
+    assert 0.5 * found["parameters"] < sent["all-reduce"] < 1.5 * found["parameters"]
+    assert sum(sent.values()) - sent["all-reduce"] < 0.5 * sent["all-reduce"]
