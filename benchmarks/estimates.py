@@ -47,15 +47,15 @@ def forget():
 def measure(name, folder):
     """Estimated and measured bytes, FLOPs over the model's."""
     from opd_jax.config_load import load_config
-    from opd_jax.core.mesh import make_mesh
     from opd_jax.fit.setup import Setup
     from opd_jax.fit.targets import parse_target
     from opd_jax.fit.training import training_draft
+    from opd_jax.train.mesh_choice import mesh_of
 
     student = () if name == "quickstart" else (f"model.student={folder}",)
     settings = ("model.compute_dtype=float32", *student, *CASES[name])
     config = load_config(str(ROOT / "configs" / "quickstart.yaml"), list(settings))
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    mesh = mesh_of(config, jax.devices()[:1])
     draft = training_draft(Setup(config, parse_target("h100"), mesh), "train.opd")
     compiled = draft.lower().compile()
     memory = compiled.memory_analysis()

@@ -101,14 +101,9 @@ def _with_micro(name: str, rows: int) -> Change:
 
 
 def _fsdp(config: Config, case: Case) -> Change | None:
-<<<<<<< HEAD
     now = (config.mesh or MeshConfig()).model_dump()
-    if now in (ALL_FSDP, {**ALL_FSDP, "fsdp": case.devices}):
-=======
-    now = {axis: getattr(config.mesh, axis) for axis in ALL_FSDP}
     wanted = {**ALL_FSDP, "data": case.slices}
     if now in (wanted, {**wanted, "fsdp": case.devices // case.slices}):
->>>>>>> platform
         return None
     apart = f"mesh.data={case.slices}, " if case.slices > 1 else ""
     words, tree = f"{apart}mesh.fsdp=-1 alone", {"mesh": wanted}

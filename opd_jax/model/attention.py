@@ -16,7 +16,9 @@ NO_SEGMENT = -(2**31)  # of padding; no token has it
 MASKED = -1e30  # finite: a row in which all is masked must not turn into NaN
 BLOCK = 256
 ROW_BLOCK = 128
-"""Where rows are computed one by one, in the caches of a CPU's core."""
+"""Where rows are computed one by one, in the caches of a CPU's core; at most."""
+SIMD = 8
+"""Float32 numbers that a CPU computes at once: tiles have whole multiples."""
 SAVED = "attention"
 """Name of what the backward pass needs, for `jax.checkpoint` policies."""
 Pair = tuple[jax.Array, jax.Array]
@@ -84,7 +86,9 @@ def attend_chunked(
     rows = (jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), segments)
     places_i = places(q_bkgth.shape[3] // c, axis)
     queries = Queries(mirrored(q_bkgth, axis, 3), mirrored(segments, axis, 1), places_i)
-    mixed = cast(jax.Array, _tiled(queries, *rows, c, axis, skip))  # `custom_vjp` hides the type
+    mixed = cast(
+        jax.Array, _tiled(queries, *rows, Tiling(c, axis, skip))
+    )  # `custom_vjp` hides the type
     mixed_bkgth = mirrored(mixed, axis, 3)
     return jnp.moveaxis(mixed_bkgth, 3, 1).reshape(b, -1, n, h)[:, :t]
 
@@ -102,13 +106,15 @@ def attend_by_row(
     another needs. The tiles left out are those whose ranges of segments do not meet, so all of
     them where segments are numbered along the row.
     """
-    tiles = functools.partial(attend_chunked, block=block, skip=segments_bt is not None)
-    if q_btnh.shape[0] == 1:
-        return tiles(q_btnh, k_btkh, v_btkh, segments_bt)
-    rows = [x[:, None] for x in (q_btnh, k_btkh, v_btkh)]
-    if segments_bt is None:
-        return jax.lax.map(lambda row: tiles(*row, None)[0], rows)
-    return jax.lax.map(lambda row: tiles(*row)[0], [*rows, segments_bt[:, None]])
+    t = q_btnh.shape[1]
+    even = -(-t // -(-t // block))  # tiles of one size, without much padding
+    side = -(-even // SIMD) * SIMD
+
+    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        q, k, v, segments = jax.tree.map(lambda x: x[None], row)
+        return attend_chunked(q, k, v, segments, side, skip=segments is not None)[0]
+
+    return jax.lax.map(attend_row, (q_btnh, k_btkh, v_btkh, segments_bt))
 
 
 def pad_time(x_bt: jax.Array, multiple: int, value: int = 0) -> jax.Array:
@@ -125,6 +131,14 @@ class Queries(NamedTuple):
     places_i: jax.Array  # int32, of each block of queries: its number among those of the whole row
 
 
+class Tiling(NamedTuple):
+    """Tokens along a side of a tile, and as `attend_chunked` has them."""
+
+    c: int
+    axis: str | None
+    skip: bool
+
+
 class _Saved(NamedTuple):
     """What the backward pass of `_tiled` needs."""
 
@@ -136,17 +150,15 @@ class _Saved(NamedTuple):
     lse_bkgt: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tiled(
     queries: Queries,
     keys_bksh: jax.Array,
     values_bksh: jax.Array,
     segments_bt: jax.Array,
-    c: int,
-    axis: str | None,
-    skip: bool,
+    tiling: Tiling,
 ) -> jax.Array:
-    return _tiled_fwd(queries, keys_bksh, values_bksh, segments_bt, c, axis, skip)[0]
+    return _tiled_fwd(queries, keys_bksh, values_bksh, segments_bt, tiling)[0]
 
 
 def _tiled_fwd(
@@ -154,10 +166,9 @@ def _tiled_fwd(
     keys_bksh: jax.Array,
     values_bksh: jax.Array,
     segments_bt: jax.Array,
-    c: int,
-    axis: str | None,
-    skip: bool,
+    tiling: Tiling,
 ) -> tuple[jax.Array, _Saved]:
+    c, axis, skip = tiling
     q_bkgth = queries.q_bkgth
     b, k, g, t, h = q_bkgth.shape
     all_keys, all_values, all_segments = _of_whole_rows(keys_bksh, values_bksh, segments_bt, axis)
@@ -237,12 +248,13 @@ def _where_visible(
 
 
 def _tiled_bwd(
-    c: int, axis: str | None, skip: bool, saved: _Saved, grad_bkgth: jax.Array
+    tiling: Tiling, saved: _Saved, grad_bkgth: jax.Array
 ) -> tuple[Queries, jax.Array, jax.Array, None]:
     """With weights P and their gradient dP: dS = P * (dP - rowsum(dO * O)).
 
     Gradients of keys and values are summed over the devices of `axis` in float32.
     """
+    c, axis, skip = tiling
     queries, mixed_bkgth, lse_bkgt = saved.queries, saved.mixed_bkgth, saved.lse_bkgt
     rows = (saved.keys_bksh, saved.values_bksh, saved.segments_bt)
     keys_bksh, values_bksh, segments_bt = _of_whole_rows(*rows, axis)

@@ -10,7 +10,6 @@ import jax
 import pytest
 
 from opd_jax.config_load import load_config
-from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import ConfigError
 from opd_jax.fit.assess import within_training
 from opd_jax.fit.results import ProgramReport
@@ -19,7 +18,9 @@ from opd_jax.fit.scoring import scoring_draft
 from opd_jax.fit.setup import Setup
 from opd_jax.fit.targets import parse_target
 from opd_jax.fit.training import training_draft
+from opd_jax.model.attention import ROW_BLOCK
 from opd_jax.model.experts import in_groups_anywhere
+from opd_jax.train.mesh_choice import mesh_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 STUDENT = (2, 64, 192, 4, 2, 16, 24)  # layers, width, ffn, heads, kv heads, head dim, tokens
@@ -28,7 +29,7 @@ TEACHER = (3, 128, 384, 4, 2, 32, 24)
 
 def setup_of(*overrides):
     config = load_config(QUICKSTART, list(overrides))
-    return Setup(config, parse_target("h100:2"), make_mesh(config.mesh, jax.devices()[:2]))
+    return Setup(config, parse_target("h100:2"), mesh_of(config, jax.devices()[:2]))
 
 
 @functools.cache
@@ -63,12 +64,19 @@ def test_the_arguments_of_a_train_step_are_counted_by_hand():
     assert draft.runs == 60
 
 
+def pairs(length):
+    """Of queries and keys, in the tiles that the attention of a CPU computes of a row."""
+    blocks = -(-length // ROW_BLOCK)
+    side = -(-length // blocks // 8) * 8
+    return blocks * (blocks + 1) // 2 * side**2
+
+
 @pytest.mark.parametrize(("name", "rows", "length"), [("train.opd", 128, 96), ("sft", 32, 136)])
 def test_the_flops_of_a_train_step_are_a_hand_count(name, rows, length):
     layers, head = weights(STUDENT)
     depth, _, _, n, _, h, _ = STUDENT
     products = 6 * (layers + head) * rows * length
-    attention = depth * 7 * 2 * n * h * rows * length**2  # 2 products forward, 5 backward
+    attention = depth * 7 * 2 * n * h * rows * pairs(length)  # 2 products forward, 5 backward
     assert train_flops(name) == pytest.approx(products + attention, rel=0.05)
 
 
@@ -115,7 +123,7 @@ def test_scoring_meets_the_head_with_response_tokens_only():
     rows, length = 8, 176
     assert draft.what == "8 rows of 176, top-k 24"
     depth, _, _, n, _, h, _ = TEACHER
-    attention = depth * 2 * 2 * n * h * rows * length**2
+    attention = depth * 2 * 2 * n * h * rows * pairs(length)
     counted = 2 * layers * rows * length + 2 * head * rows * 2 * 56 + attention
     assert draft.count() == pytest.approx(counted, rel=0.05)
     assert draft.parts() == {"parameters": parameter_bytes(TEACHER)}
@@ -144,7 +152,7 @@ def test_the_head_of_scoring_ends_with_the_responses(tmp_path):
     depth, d, _, n, _, h, _ = TEACHER
     layers, _ = weights(TEACHER)
     rows, length = 64, 176
-    attention = depth * 2 * 2 * n * h * rows * length**2
+    attention = depth * 2 * 2 * n * h * rows * pairs(length)
     counted = 2 * layers * rows * length + 2 * 4096 * d * rows * 112 + attention
     assert draft.what == "64 rows of 176, top-k 24"
     assert draft.loops == 7
