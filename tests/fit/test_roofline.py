@@ -25,3 +25,10 @@ def test_between_nodes_the_network_counts():
     found = step_time(device, 1e12, 1e12, [inside, between])
     assert found.links == pytest.approx(2.0)
     assert found.bound == "links"
+
+
+def test_transfers_from_the_host_come_on_top():
+    found = step_time(CARDS["h100"].device, 989e12 * 0.6, 0, [], 6.4e10 * 0.8 * 2)
+    assert found.host == pytest.approx(2.0)
+    assert found.seconds == pytest.approx(3.0)
+    assert found.bound == "host"
