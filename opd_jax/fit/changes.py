@@ -45,7 +45,8 @@ def steps_of(name: str) -> tuple[Step, ...]:
     """What to try for a program, in this order; a step that changes nothing gives `None`.
 
     Of a train step: full rematerialisation, then fewer rows a micro-batch, then moments in the
-    host's memory, which costs transfers but leaves the mesh, then `fsdp` over all devices. Of scoring and sampling: batches or slots that are a quarter, then `fsdp`.
+    host's memory, which costs transfers but leaves the mesh, then `fsdp` over all devices. Of
+    scoring and sampling: batches or slots that are a quarter, then `fsdp`.
     """
     trains = name.partition(".")[0] in ("sft", "train")
     return (_remat, _micro, _offload, _fsdp) if trains else (_quarter, _fsdp)
