@@ -44,6 +44,7 @@ def one_at_a_time(
         owners = jax.tree.leaves(_owners(inner, state, tree))
         sent: tuple[list[int], Any] = [], sound  # what the next fetch waits for
         found: list[Any] = []
+        after: list[Any] = leaves
         for i in range(len(grads)):
             own = [at for at, owner in enumerate(owners) if owner == i]
             waiting = [leaves[at] for at in own], sent[1]
