@@ -31,6 +31,9 @@ class OptimConfig(Frozen):
     ema: float | None = Field(default=None, ge=0, lt=1)
     """Keep a moving average of the parameters, in float32, that holds on to this share of itself
     at a step. The average, not the last step's parameters, is then the trained model."""
+    offload: bool = False
+    """Keep moments and average in the host's memory. A step brings them to the device after its
+    gradients, one parameter's at a time. On CPUs both memories are one."""
 
 
 class LoraConfig(Frozen):

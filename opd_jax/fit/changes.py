@@ -46,11 +46,12 @@ Step = Callable[[Config, Case], Change | None]
 def steps_of(name: str) -> tuple[Step, ...]:
     """What to try for a program, in this order; a step that changes nothing gives `None`.
 
-    Of a train step: full rematerialisation, then fewer rows a micro-batch, then `fsdp` over all
-    devices. Of scoring and sampling: batches or slots that are a quarter, then `fsdp`.
+    Of a train step: full rematerialisation, then fewer rows a micro-batch, then moments in the
+    host's memory, which costs transfers but leaves the mesh, then `fsdp` over all devices. Of
+    scoring and sampling: batches or slots that are a quarter, then `fsdp`.
     """
     trains = name.partition(".")[0] in ("sft", "train")
-    return (_remat, _micro, _fsdp) if trains else (_quarter, _fsdp)
+    return (_remat, _micro, _offload, _fsdp) if trains else (_quarter, _fsdp)
 
 
 def room_share(report: ProgramReport) -> float:
@@ -93,11 +94,24 @@ def _micro(config: Config, case: Case) -> Change | None:
 
 def _with_micro(name: str, rows: int) -> Change:
     """A config with so many rows a micro-batch."""
-    values = {"micro_batch_size": rows}
+    block, tree = _of_block(name, {"micro_batch_size": rows})
+    return f"{block}.micro_batch_size={rows}", tree
+
+
+def _of_block(name: str, values: dict[str, Any]) -> Change:
+    """The key of a program's training block, and the config with values in it."""
     if name == "sft":
-        return f"sft.micro_batch_size={rows}", {"sft": values}
-    tree = {"train": {"runs": {_run(name): values}}}
-    return f"train.runs.{_run(name)}.micro_batch_size={rows}", tree
+        return name, {name: values}
+    return f"train.runs.{_run(name)}", {"train": {"runs": {_run(name): values}}}
+
+
+def _offload(config: Config, case: Case) -> Change | None:
+    """Moments of adapters are too small to be worth it."""
+    loop = config.sft if case.name == "sft" else config.train.runs[_run(case.name)]
+    if loop.optim.offload or loop.lora is not None:
+        return None
+    block, tree = _of_block(case.name, {"optim": {"offload": True}})
+    return f"{block}.optim.offload=true", tree
 
 
 def _fsdp(config: Config, case: Case) -> Change | None:

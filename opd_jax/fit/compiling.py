@@ -63,6 +63,7 @@ def compile_draft(setup: Setup, draft: Draft) -> ProgramReport:
         room_bytes=int(setup.target.device.memory * (1 - RESERVE)),
         compile_seconds=round(seconds, 1),
         problem=_first_line(problem),
+        host=draft.host,
     )
     return report if compiled is None else _timed(setup, draft, report, compiled.as_text())
 
@@ -99,7 +100,8 @@ def _timed(setup: Setup, draft: Draft, report: ProgramReport, text: str) -> Prog
     islands = [island_of(x) for x in setup.mesh.devices.flat]
     sent = collectives(module, sizes, draft.loops, islands)
     traffic = memory_traffic(module, draft.loops)
-    taken = step_time(device, report.flops / setup.mesh.size, traffic, sent)
+    moved = 2 * sum(draft.host.values())
+    taken = step_time(device, report.flops / setup.mesh.size, traffic, sent, moved)
     peak = peak_flops(device.kind)
     mfu = None
     if peak and taken.seconds:

@@ -28,6 +28,7 @@ class Draft:
         parts: arguments that have names, bytes of a device; taken once it has been lowered.
         passing: temporaries that have names.
         beside: as `parts`.
+        host: of a device's state, what lies in the host's memory and visits the device.
         loops: trips of the outermost loop whose end XLA does not know.
     """
 
@@ -43,6 +44,7 @@ class Draft:
     passing: Bytes = field(default_factory=dict)
     beside: Callable[[], Bytes] = dict
     loops: int = 1
+    host: Bytes = field(default_factory=dict)
 
 
 def device_bytes(tree: Any) -> int:

@@ -27,6 +27,7 @@ class Device:
             of one axis of the torus, on a GPU all of NVLink.
         network: bytes/s a device between nodes or slices: the hosts' network over their devices.
         node: devices that share the links; 0: all.
+        host: PCIe between a device and its host, bytes/s in one direction.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Device:
     link: float
     network: float
     node: int = 0
+    host: float = 1.6e10
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,16 @@ class Card:
 
 
 def _nvidia(kind: str, memory: int, bandwidth: float, link: float, network: float) -> Device:
-    return Device(kind, memory, bandwidth, link, network, node=8)
+    """With PCIe 4 (A100) or 5, 16 lanes."""
+    host = 3.2e10 if "A100" in kind else 6.4e10
+    return Device(kind, memory, bandwidth, link, network, 8, host)
 
 
 TPUS = {
     "v4": Device("TPU v4", 32 * GIB, 1.228e12, 9e10, 6.25e9),
     "v5e": Device("TPU v5 lite", 16 * GIB, 8.19e11, 9e10, 3.125e9),
     "v5p": Device("TPU v5", 95 * GIB, 2.765e12, 1.8e11, 6.25e9),
-    "v6e": Device("TPU v6 lite", 32 * GIB, 1.638e12, 1.8e11, 1.25e10),
+    "v6e": Device("TPU v6 lite", 32 * GIB, 1.638e12, 1.8e11, 1.25e10, host=3.2e10),
 }
 _A100_40 = Card(
     _nvidia("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1.5552e12, 3e11, 2.5e10),

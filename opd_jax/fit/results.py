@@ -17,16 +17,18 @@ class StepTime:
     compute: float
     memory: float
     links: float
+    host: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Of the whole program."""
-        return max(self.compute, self.memory, self.links)
+        """Of the whole program; nothing else is left to do while state comes from the host."""
+        return max(self.compute, self.memory, self.links) + self.host
 
     @property
     def bound(self) -> str:
         """The resource that decides."""
         parts = {"compute": self.compute, "memory": self.memory, "links": self.links}
+        parts["host"] = self.host
         return max(parts, key=lambda name: parts[name])
 
 
@@ -50,6 +52,7 @@ class ProgramReport:
         traffic_bytes: read from and written to a device's memory in one run.
         time: estimated; `None` of a program that the compiler refused.
         problem: what the compiler said when it refused; else empty.
+        host: bytes of a device's state that lie in the host's memory and visit it in every run.
     """
 
     name: str
@@ -69,6 +72,7 @@ class ProgramReport:
     time: StepTime | None = None
     mfu: float | None = None
     problem: str = ""
+    host: Bytes = field(default_factory=dict)
 
     @property
     def needed_bytes(self) -> int:
@@ -171,5 +175,5 @@ def _program(found: dict[str, Any]) -> ProgramReport:
     own = {name: found[name] for name in ProgramReport.__dataclass_fields__}
     own["collectives"] = [Collective(**entry) for entry in found["collectives"]]
     if (time := found["time"]) is not None:
-        own["time"] = StepTime(time["compute"], time["memory"], time["links"])
+        own["time"] = StepTime(*(time[x] for x in ("compute", "memory", "links", "host")))
     return ProgramReport(**own)

@@ -28,6 +28,9 @@ def print_report(report: FitReport, console: Console | None = None) -> None:
     for program in report.programs:
         if program.problem:
             console.print(f"  {program.name}: {program.problem}", style="red", markup=False)
+        if program.host:
+            held = ", ".join(f"{name} {size(count)}" for name, count in program.host.items())
+            console.print(f"  {program.name}: in the host's memory, of each device: {held}")
     console.print(_work(report))
     if any(program.collectives for program in report.programs):
         console.print(_sent(report))

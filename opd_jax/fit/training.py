@@ -45,7 +45,11 @@ def training_draft(setup: Setup, name: str) -> Draft:
     batch = abstract_batch(setup, objective, shape)
     frozen = [model.abstract(setup.store_dtype)] if adapters else []
     trained = device_bytes(state.params)
-    moments = device_bytes(state.opt_state)
+    kept = jax.tree.leaves(state.opt_state)
+    host: Bytes = {}
+    if loop.optim.offload:  # all but counters; absent cards know no memories that could be asked
+        host = {"moments": device_bytes([x for x in kept if x.ndim])}
+    moments = device_bytes(kept) - sum(host.values())
 
     def lower() -> Any:
         step: Any = make_train_step(model, objective, optimizer, shape.pieces, adapters)
@@ -70,6 +74,7 @@ def training_draft(setup: Setup, name: str) -> Draft:
         passing={"gradients": trained},
         beside=lambda: _beside(setup, loop),
         loops=shape.pieces,
+        host=host,
     )
 
 

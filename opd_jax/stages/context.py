@@ -55,7 +55,10 @@ class RunContext:
         free = NOT_INPUTS | cost
         if getattr(node, "router_balance", 0.0):
             free = free - {"micro_batch_size"}  # the balance is that of each micro-batch
-        return {k: v for k, v in node.model_dump(mode="json").items() if k not in free}
+        found = {k: v for k, v in node.model_dump(mode="json").items() if k not in free}
+        if "optim" in found:
+            del found["optim"]["offload"]  # where moments lie
+        return found
 
     def seed(self, stream: str) -> int:
         """A seed of its own for every purpose."""

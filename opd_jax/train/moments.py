@@ -70,10 +70,13 @@ def scale_by_adam(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MomentState]:
         del params
         step = state.step + 1
-        grads, tree = jax.tree.flatten(updates)
+        grads, tree = jax.tree.flatten(updates, is_leaf=_left_out)
         old = [zip(*map(tree.flatten_up_to, parts), strict=True) for parts in state[1:]]
-        columns: list[tuple[jax.Array, Parts, Parts]] = []
+        columns: list[tuple[Any, Parts, Parts]] = []
         for i, (grad, first, second) in enumerate(zip(grads, *old, strict=True)):
+            if _left_out(grad):  # it has its number all the same, and others their noise
+                columns.append((grad, first, second))
+                continue
             g = grad.astype(jnp.float32)
             m = b1 * storage.decode_first(*first) + (1 - b1) * g
             v = b2 * storage.decode_second(*second) + (1 - b2) * g * g
@@ -184,18 +187,28 @@ def _second_from_int8(code: jax.Array, scale: jax.Array) -> jax.Array:
     return (_power(_blocks(code.astype(jnp.float32))) * scale[..., None]).reshape(code.shape)
 
 
+def _left_out(node: object) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
 STORAGES = {
     "bfloat16": Storage(_to_bfloat16, _from_bfloat16, _to_bfloat16, _from_bfloat16),
     "int8": Storage(_first_to_int8, _first_from_int8, _second_to_int8, _second_from_int8),
 }
 
 
-def sharding_like(shape: tuple[int, ...], like: NamedSharding) -> NamedSharding:
-    """A parameter's sharding for an array of as many axes, whole along axes it does not divide."""
+def sharding_like(
+    shape: tuple[int, ...], like: NamedSharding, kind: str | None = None
+) -> NamedSharding:
+    """A parameter's sharding for an array of as many axes, whole along axes it does not divide.
+
+    Args:
+        kind: of the memory that the array lies in; `None`: the device's.
+    """
     spec = [*like.spec, *[None] * (len(shape) - len(like.spec))]
     ways = [_ways(like, names) for names in spec]
     kept = [names if n % w == 0 else None for n, names, w in zip(shape, spec, ways, strict=True)]
-    return NamedSharding(like.mesh, PartitionSpec(*kept))
+    return NamedSharding(like.mesh, PartitionSpec(*kept), memory_kind=kind)
 
 
 def _ways(sharding: NamedSharding, names: Any) -> int:

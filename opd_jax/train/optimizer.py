@@ -12,6 +12,7 @@ from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel
 from opd_jax.train.moments import scale_by_adam
+from opd_jax.train.offload import OnHost, one_at_a_time
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -73,7 +74,10 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate(config, loop.steps)),
     )
     average = [] if config.ema is None else [_average(config.ema)]
-    return optax.chain(_clip(config.clip_norm), _guarded(adamw), *average)
+    kept = [_guarded(adamw), *average]
+    if config.offload:
+        return OnHost(*optax.chain(_clip(config.clip_norm), *map(one_at_a_time, kept)))
+    return optax.chain(_clip(config.clip_norm), *kept)
 
 
 def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

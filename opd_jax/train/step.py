@@ -29,6 +29,7 @@ from opd_jax.model.lora import Adapters
 from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
 from opd_jax.model.transformer import ForwardOutput, LanguageModel, Params
 from opd_jax.train.moments import sharding_like
+from opd_jax.train.offload import HOST, OnHost
 
 
 class TrainState(NamedTuple):
@@ -235,6 +236,7 @@ def abstract_state(
     if model.mesh is None:
         return shapes
     whole = replicated(model.mesh)
+    kind = HOST if isinstance(optimizer, OnHost) else None
 
     def plain(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
@@ -242,7 +244,7 @@ def abstract_state(
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda x, like: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding_like(x.shape, like.sharding)
+            x.shape, x.dtype, sharding=sharding_like(x.shape, like.sharding, kind)
         ),
         shapes.opt_state,
         abstract,

@@ -23,7 +23,7 @@ ARCH = dataclasses.replace(ARCHITECTURE, num_layers=4)
 
 def main(target: str, data: str, fsdp: str) -> None:
     mesh = make_mesh(MeshConfig(data=int(data), fsdp=int(fsdp)), devices_of(target))
-    compiled = compiled_step(mesh, ARCH, "full", mesh.size)
+    compiled, _ = compiled_step(mesh, ARCH, "full", mesh.size)
     islands = [island_of(device) for device in mesh.devices.flat]
     found = collectives(parse_module(compiled.as_text()), dict(mesh.shape), 1, islands)
     model = LanguageModel(ARCH, "bfloat16", "full", mesh)

@@ -1,6 +1,7 @@
 """Run in a process of its own: compile a train step for absent devices, print its memory.
 
 python tests/fit/compile_step.py v5e:2x2 offload
+python tests/fit/compile_step.py h100:4 full 0 host   # with optim.offload
 python tests/fit/compile_step.py h100:4 full 64    # two layers, each with 64 experts
 """
 
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.config import MeshConfig
-from opd_jax.config_train import LoopConfig
+from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.core.mesh import batch_sharding, make_mesh
+from opd_jax.fit.draft import device_bytes
 from opd_jax.fit.topology import devices_of
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.transformer import LanguageModel
@@ -53,9 +55,11 @@ def with_experts(experts: int) -> Architecture:
     )
 
 
-def compiled_step(mesh, arch, remat, rows):
+def compiled_step(mesh, arch, remat, rows, moments="device"):
+    """The step, and its abstract state."""
     model = LanguageModel(arch, "bfloat16", remat, mesh)
-    optimizer = make_optimizer(model, LoopConfig())
+    optim = OptimConfig(offload=moments == "host")
+    optimizer = make_optimizer(model, LoopConfig(optim=optim))
 
     def array(dtype):
         return jax.ShapeDtypeStruct((rows, TOKENS), dtype, sharding=batch_sharding(mesh))
@@ -64,13 +68,14 @@ def compiled_step(mesh, arch, remat, rows):
     batch |= {name: array(jnp.float32) for name in ("teacher_bt", "sampler_bt", "weight_bt")}
     batch["mask_bt"] = array(jnp.bool_)
     step = make_train_step(model, Objective("sampled"), optimizer, 1)
-    return step.lower(abstract_state(model, optimizer), batch).compile()
+    state = abstract_state(model, optimizer)
+    return step.lower(state, batch).compile(), state
 
 
-def main(target: str, remat: str, experts: str = "0") -> None:
+def main(target: str, remat: str, experts: str = "0", moments: str = "device") -> None:
     mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
     arch = with_experts(int(experts)) if int(experts) else ARCHITECTURE
-    compiled = compiled_step(mesh, arch, remat, ROWS)
+    compiled, state = compiled_step(mesh, arch, remat, ROWS, moments)
     memory = compiled.memory_analysis()
     inputs = arch.num_layers * ROWS // mesh.size * TOKENS * arch.embed_dim * 2
     weights = len(arch.sparse_layers) * arch.num_experts * 3 * arch.embed_dim * arch.expert_ffn_dim
@@ -78,6 +83,9 @@ def main(target: str, remat: str, experts: str = "0") -> None:
         json.dumps(
             {
                 "device_bytes": memory.temp_size_in_bytes,
+                "argument_bytes": memory.argument_size_in_bytes,
+                "host_argument_bytes": memory.host_argument_size_in_bytes,
+                "moments": device_bytes(state.opt_state),
                 "host_bytes": memory.host_temp_size_in_bytes,
                 "layer_inputs": inputs,
                 # In the loops over layers: forward, two backward, and what is repeated.

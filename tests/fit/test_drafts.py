@@ -117,6 +117,16 @@ def test_adapters_have_the_moments_and_the_weights_stay_frozen():
     assert draft.count() < 0.9 * train_flops("train.opd")
 
 
+def test_moments_on_the_host_take_no_memory_of_the_device():
+    plain = training_draft(setup_of(), "train.opd")
+    draft = training_draft(setup_of("train.runs.opd.optim={offload: true}"), "train.opd")
+    parts = draft.parts()
+    assert parts["moments"] == 8  # counters
+    assert draft.host == {"moments": 2 * parts["parameters"]}
+    assert plain.host == {}
+    assert plain.parts()["moments"] == parts["moments"] + draft.host["moments"]
+
+
 def test_scoring_meets_the_head_with_response_tokens_only():
     draft = scoring_draft(setup_of("score.batch_tokens=1408"))
     layers, head = weights(TEACHER)

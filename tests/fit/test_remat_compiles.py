@@ -13,8 +13,8 @@ from opd_jax.fit.topology import environment
 SCRIPT = Path(__file__).with_name("compile_step.py")
 
 
-def memory(target, remat, experts=0):
-    command = [sys.executable, str(SCRIPT), target, remat, str(experts)]
+def memory(target, remat, experts=0, moments="device"):
+    command = [sys.executable, str(SCRIPT), target, remat, str(experts), moments]
     # Pipelined gathers take a turn out of each loop over layers, whose kernels would count twice.
     env = environment({**os.environ, "XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false"})
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -37,3 +37,15 @@ def test_layer_inputs_go_to_the_hosts_memory_on(target):
 @pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
 def test_without_rematerialisation_no_attention_kernel_runs_twice_on(target):
     assert memory(target, "none")["kernels"] == 3  # forward, and two of the backward pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
+def test_moments_on_the_host_visit_the_device_one_parameters_at_a_time_on(target):
+    kept, offloaded = memory(target, "full"), memory(target, "full", moments="host")
+    moments = kept["moments"]
+    assert kept["host_argument_bytes"] == 0
+    assert offloaded["host_argument_bytes"] > 0.99 * moments
+    saved = kept["argument_bytes"] - offloaded["argument_bytes"]
+    assert saved > 0.99 * moments
+    assert offloaded["device_bytes"] - kept["device_bytes"] < 0.3 * moments

@@ -30,3 +30,10 @@ def test_between_nodes_the_network_counts():
 def test_between_slices_the_hosts_network_counts():
     between = Collective("all-reduce", "data", 1, 3.125e9 * 0.8, 3.125e9 * 0.8)
     assert step_time(TPUS["v5e"], 0, 0, [between]).links == pytest.approx(1.0)
+
+
+def test_transfers_from_the_host_come_on_top():
+    found = step_time(CARDS["h100"].device, 989e12 * 0.6, 0, [], 6.4e10 * 0.8 * 2)
+    assert found.host == pytest.approx(2.0)
+    assert found.seconds == pytest.approx(3.0)
+    assert found.bound == "host"

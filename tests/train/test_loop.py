@@ -19,6 +19,7 @@ PLAIN = LoopConfig(steps=4, batch_size=2, save_every=2, optim=OptimConfig(learni
 SMALL = OptimConfig(
     learning_rate=1e-2, schedule="wsd", decay_share=0.5, moments="int8", ema=0.5, warmup_steps=1
 )
+OFFLOADED = OptimConfig(learning_rate=1e-2, ema=0.5, offload=True)
 LORA = LoraConfig(rank=2, targets=("wq", "w_down"))
 
 
@@ -61,7 +62,9 @@ def assert_resumed_equals(straight, folder, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"optim": SMALL}, {"lora": LORA}], ids=["plain", "small", "lora"]
+    "changes",
+    [{}, {"optim": SMALL}, {"optim": OFFLOADED}, {"lora": LORA}],
+    ids=["plain", "small", "offloaded", "lora"],
 )
 def test_a_resumed_run_ends_with_the_bits_of_a_straight_one(tmp_path, changes):
     assert_resumed_equals(train(tmp_path, **changes), tmp_path, **changes)
