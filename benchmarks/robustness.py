@@ -54,6 +54,7 @@ def runs(objectives, rates):
     shared = {
         "steps": STEPS,
         "batch_size": 128,
+        "micro_batch_size": 16,  # what a CPU's caches hold; the same gradient
         "save_every": STEPS,
         "eval_every": EVERY,
         "heldout": 400,
