@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from opd_jax.config import Config
 from opd_jax.config_load import dump_config
@@ -88,7 +89,7 @@ def run(
         return
     with run_lock(ctx.run_dir, shared=share is not None):
         store = f"store {config.store}, " if config.store else ""
-        say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices()}")
+        say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices(ctx.mesh)}")
         check_inputs(ctx, {name.split(".")[0] for name in chosen})
         for stage in all_stages:
             barrier(stage.name)
@@ -267,13 +268,16 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _devices() -> str:
-    """All devices; of several processes, which host each is on and how many it sees itself."""
+def _devices(mesh: Mesh) -> str:
+    """All devices and how the mesh cuts them; of several processes, which host each is on and how
+    many it sees itself."""
     device, count = jax.devices()[0], jax.device_count()
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
     text = f"{count} {device.platform} device{'s' if count > 1 else ''}{kind}"
+    cuts = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items() if ways > 1)
+    laid = f", mesh {cuts}" if cuts else ""
     hosts = everyone(f"{socket.gethostname()}: {jax.local_device_count()}")
     if len(hosts) == 1:
-        return text
+        return text + laid
     lines = (f"\n  process {rank} on {host} of them" for rank, host in enumerate(hosts))
-    return f"{text} in {len(hosts)} processes" + "".join(lines)
+    return f"{text} in {len(hosts)} processes{laid}" + "".join(lines)

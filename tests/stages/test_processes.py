@@ -139,7 +139,7 @@ def test_the_processes_of_a_slurm_step_find_each_other(tmp_path):
     ]
     outputs = [process.communicate(timeout=LIMIT_SECONDS)[0].decode() for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    assert "2 cpu devices in 2 processes" in outputs[0]
+    assert "2 cpu devices in 2 processes, mesh fsdp 2" in outputs[0]
     for rank in range(2):
         assert f"process {rank} on {socket.gethostname()}: 1 of them" in outputs[0]
     assert "processes" not in outputs[1]
