@@ -9,6 +9,7 @@ weights cannot be cut into.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from opd_jax.config import Config, MeshConfig
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.mesh_layout import islands_of
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, ModelError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.load import architecture_of
 from opd_jax.model.transformer import LanguageModel
@@ -36,7 +37,6 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises:
         ConfigError: it does not fit the devices; or none of the proposals fits models and batches.
-        ModelError: a mesh is to be chosen, and a model cannot be read.
     """
     devices = jax.devices() if devices is None else devices
     return make_mesh(config.mesh or choices(config, devices, 1)[0], devices)
@@ -47,15 +47,18 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
 
     Each uses other axes than those before, or cuts another number of ways: not other copies.
 
+    A model that cannot be read has no say; whatever needs it tells what is wrong with it.
+
     Raises:
         ConfigError: there is none; it says what is wrong with the preferred one.
-        ModelError: a model cannot be read.
     """
-    models = [architecture_of(path) for path in (config.model.student, config.model.teacher)]
+    models = list(_readable((config.model.student, config.model.teacher)))
     slices = len(islands_of(devices)) if devices[0].platform == "tpu" else 1
     found: dict[tuple[int, ...], MeshConfig] = {}
     refused: ConfigError | None = None
-    for mesh in proposals(len(devices), slices, max(arch.num_experts for arch in models)):
+    for mesh in proposals(
+        len(devices), slices, max((arch.num_experts for arch in models), default=0)
+    ):
         kind = mesh.tensor, mesh.context, mesh.expert
         if kind in found:
             continue
@@ -73,6 +76,13 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
             f"{refused}"
         )
     return list(found.values())
+
+
+def _readable(paths: Sequence[str]) -> Iterator[Architecture]:
+    """Of the models that are here: not everything a run can do needs both."""
+    for path in paths:
+        with contextlib.suppress(ModelError):
+            yield architecture_of(path)
 
 
 def _check(config: Config, models: Sequence[Architecture], mesh: Mesh) -> None:

@@ -56,3 +56,16 @@ def test_weights_that_change_while_they_are_read_are_refused(ctx, tmp_path, monk
     with pytest.raises(ConsistencyError) as caught:
         ask(ctx)
     assert str(caught.value) == refusal(tmp_path / "teacher")
+
+
+def test_where_moments_lie_and_how_rows_are_cut_is_no_input_of_a_stage(tmp_path):
+    words = ("micro_batch_size=16", "optim.offload=true")
+    run_dir = f"run_dir={tmp_path}"
+    plain, other = (
+        open_run(load_config(CONFIG, [run_dir, *(f"sft.{word}" for word in more)]))
+        for more in ((), words)
+    )
+    assert other.config.sft.optim.offload
+    assert plain.settings(plain.config.sft) == other.settings(other.config.sft)
+    faster = load_config(CONFIG, [run_dir, "sft.optim.learning_rate=0.1"])
+    assert plain.settings(plain.config.sft) != plain.settings(faster.sft)

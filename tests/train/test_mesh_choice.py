@@ -47,6 +47,13 @@ def test_what_fsdp_cannot_take_goes_to_other_axes(tmp_path, words, sizes, chosen
     assert choices(config_with(tmp_path, *words, **sizes), jax.devices(), 1) == [chosen]
 
 
+def test_a_model_that_is_not_here_has_no_say(tmp_path):
+    config = config_with(tmp_path, "model.teacher=nowhere", hidden_size=66)
+    assert choices(config, jax.devices(), 1) == [MeshConfig(data=2, fsdp=2)]
+    config = config_with(tmp_path, "model.teacher=nowhere", "model.student=nowhere")
+    assert choices(config, jax.devices(), 1) == [MeshConfig(fsdp=4)]
+
+
 def test_a_mesh_that_cannot_be_is_one_line_that_names_the_batch(tmp_path):
     config = config_with(tmp_path, "sft.batch_size=5", "sft.row_tokens=135")
     with pytest.raises(ConfigError, match=r"no mesh of 4 devices.*sft\.batch_size=5 is not"):
