@@ -144,7 +144,7 @@ def test_a_run_says_where_and_on_what_it_works(finished, capsys, monkeypatch):
     monkeypatch.chdir(finished.parent)
     assert main(arguments(finished, RUNS, *MESH)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("run_dir run, 4 cpu devices, mesh fsdp 4")
+    assert lines[0].startswith("run_dir run, 4 cpu devices, mesh fsdp 2, tensor 2")
     assert lines[-2].startswith("models: run/export/opd, run/export/opd_topk, ")
     assert lines[-1] == "report: run/report.html"
     assert any("accuracy %" in line for line in lines)
