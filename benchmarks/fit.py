@@ -226,12 +226,12 @@ def main():
         known = {} if arguments.again else recorded()
         compile_rows([name for name in arguments.only if name not in known], arguments.keep)
     told, rows = {}, recorded()
-    print(" " * 22 + "".join(f"{head:>9}" for head in COLUMNS.values()))
+    print(" " * 24 + "".join(f"{head:>9}" for head in COLUMNS.values()))
     for name in (name for name in arguments.only if name in rows):
         row = {key: rows[name][key] for key in COLUMNS}
         values = "".join(f"{value:9.2f}" for value in row.values())
         peer_gib = f"  peer {PEER[name]}" if name in PEER else ""
-        print(f"{name:22}{values}{peer_gib}  {rows[name]['problem']}".rstrip())
+        print(f"{name:24}{values}{peer_gib}  {rows[name]['problem']}".rstrip())
         told |= {f"{name}.{key}".replace(" ", "_"): value for key, value in row.items()}
     print_scaling(rows)
     report("fit", told)
