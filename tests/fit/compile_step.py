@@ -86,6 +86,7 @@ def main(target: str, remat: str, experts: str = "0", moments: str = "device") -
                 "argument_bytes": memory.argument_size_in_bytes,
                 "host_argument_bytes": memory.host_argument_size_in_bytes,
                 "moments": device_bytes(state.opt_state),
+                "largest_parameter": max(map(device_bytes, jax.tree.leaves(state.params))),
                 "host_bytes": memory.host_temp_size_in_bytes,
                 "layer_inputs": inputs,
                 # In the loops over layers: forward, two backward, and what is repeated.

@@ -48,4 +48,6 @@ def test_moments_on_the_host_visit_the_device_one_parameters_at_a_time_on(target
     assert offloaded["host_argument_bytes"] > 0.99 * moments
     saved = kept["argument_bytes"] - offloaded["argument_bytes"]
     assert saved > 0.99 * moments
-    assert offloaded["device_bytes"] - kept["device_bytes"] < 0.3 * moments
+    # Two moments of the largest parameter come, and go back as new ones.
+    more = offloaded["device_bytes"] - kept["device_bytes"]
+    assert more < 4 * offloaded["largest_parameter"] < 0.5 * moments
