@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 OVER_THE_NETWORK = ("data", "fsdp")
-"""Axes that may cross islands, the one that sends least first: gradients once a step, not
+"""Axes that may cross islands, the one that sends least first: gradients of a micro-batch, not
 parameters in every layer."""
 
 
