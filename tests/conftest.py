@@ -4,6 +4,8 @@ import gc
 import os
 import tempfile
 
+from processes import QUICK_FLAGS
+
 # One folder of compiled programs for all workers and processes of these tests, and for no others.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     kept = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_", ignore_cleanup_errors=True)
@@ -11,14 +13,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tiny models spend their time in the compiler: it does the same programs with less polish, in a
-# third of the time. Exactness is also tested on what users run: OPD_JAX_OPTIMIZED=1, as .ci/run
+# A third of the time. Exactness is also tested on what users run: OPD_JAX_OPTIMIZED=1, as .ci/run
 # sets it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=4"
     if os.environ.get("OPD_JAX_OPTIMIZED")
-    else " --xla_force_host_platform_device_count=4 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1"
+    else f" --xla_force_host_platform_device_count=4 {QUICK_FLAGS}"
 )
 
 import uuid

@@ -1,5 +1,6 @@
 """Python programs in processes of their own."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,18 @@ import sys, jax, jax.experimental.multihost_utils
 folder, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 """
+
+# Tiny models spend their time in the compiler, which does the same programs with less polish.
+QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def quick_environment(devices=1):
+    """This process's environment, for one with so many devices that compiles as these tests do."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if os.environ.get("OPD_JAX_OPTIMIZED"):
+        return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"{flags} {QUICK_FLAGS}"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", **quick}
 
 
 def run_python(code, *arguments):

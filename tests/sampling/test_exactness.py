@@ -95,7 +95,11 @@ def drawn_logprob(logits_v, i, ids, sampling):
     return np.log(bent_probs(logits_v, *kind)[ids[i]])
 
 
-RUNS = [(case, BENDS) for case in CASES] + [(case, BENDS[:1]) for case in CASES if "odd" in case]
+# Plain draws compiled as users run them, all kinds of draws with less polish.
+RUNS = [
+    *((case, BENDS) for case in CASES),
+    *(pytest.param(x, BENDS[:1], marks=pytest.mark.exact) for x in CASES if "odd" in x),
+]
 
 
 @pytest.mark.slow

@@ -21,8 +21,6 @@ from tests.sampling.reference import (
     tiny_model,
 )
 
-pytestmark = pytest.mark.exact
-
 END = (3, 5)
 
 
@@ -68,6 +66,7 @@ def test_every_request_has_its_own_settings(model_and_params):
         assert sample.text == letters(slow)
 
 
+@pytest.mark.exact
 def test_drawn_logprobs_are_of_the_bent_distribution(model_and_params):
     model, params = model_and_params
     bends = {"temperature": 0.6, "top_k": 6, "top_p": 0.9, "min_p": 0.02}
@@ -148,6 +147,7 @@ def test_equal_prompts_are_read_once():
     )
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_samples_have_the_same_bits_however_few_pages_there_are(model_and_params, shards):
     """With a page of every level for each slot, and with so few that samples wait for them."""
@@ -208,6 +208,7 @@ def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params,
         generate(job, requests_of(2, 1))
 
 
+@pytest.mark.exact
 def test_what_is_left_of_a_run_has_the_bits_of_the_whole(model_and_params):
     model, params = model_and_params
     sampling = SamplingConfig(max_new_tokens=20, slots=8)

@@ -16,8 +16,6 @@ from tests.sampling.reference import (
     tiny_model,
 )
 
-pytestmark = pytest.mark.exact
-
 END = (3, 5)
 LENGTHS = (1, 4, 16, 17, 9, 30, 2, 12, 20)
 
@@ -36,6 +34,7 @@ def run(model, params, requests, sampling, seed=7, end_ids=END):
     return {(s.request.prompt_id, s.request.sample_index): s for s in samples}
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_are_the_slow_samplers_and_logprobs_are_teacher_forced(family):
     model = tiny_model(family)
@@ -90,6 +89,7 @@ def straight():
     return model, params, sampling, run(model, params, requests_of(), sampling)
 
 
+@pytest.mark.exact
 def test_number_of_slots_and_order_do_not_matter(straight):
     model, params, sampling, samples = straight
     sampling = sampling.model_copy(update={"slots": 16})
@@ -113,6 +113,7 @@ def test_other_seeds_prompt_ids_and_indices_give_other_samples(straight):
     assert len(texts) == 6
 
 
+@pytest.mark.exact
 def test_a_mesh_gives_the_samples_of_one_device(straight):
     _, params, sampling, samples = straight
     spread = tiny_model(mesh=make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)))

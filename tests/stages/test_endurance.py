@@ -1,7 +1,6 @@
 """Training survives what machines do to it: ends at any moment, a full disk, damage, a new mesh."""
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import quick_environment
 from safetensors.numpy import load_file
 from test_processes import free_port
 from tiny_run import ROOT, arguments
@@ -49,7 +49,8 @@ def record(run_dir):
 @pytest.mark.slow
 def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("kill_training.py")), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = quick_environment()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stderr + log
     told = json.loads(done.stdout.splitlines()[-1])
@@ -77,14 +78,11 @@ def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
 
 def start(run_dir, devices, *more):
     """A process of its own on so many devices."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, *more)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=quick_environment(devices), stdout=pipe, stderr=pipe
+    )
 
 
 def finish(process, code=0):

@@ -1,7 +1,6 @@
 """Killed with -9 in every stage, a run goes on and ends with the same bits."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import quick_environment
 from tiny_run import ROOT, arguments
 
 from opd_jax.data.store import open_store
@@ -33,9 +33,8 @@ TRIES = 5
 
 
 def start(run_dir, log):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, RUNS)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(command, cwd=ROOT, env=quick_environment(), stdout=log, stderr=log)
 
 
 def inside(run_dir, stage):
@@ -119,7 +118,8 @@ def records(run_dir):
 @pytest.mark.slow
 def test_killed_twenty_times_rollouts_are_those_of_an_undisturbed_run(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("kill_rollout.py")), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = quick_environment()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text()
     kept = json.loads(done.stdout.splitlines()[-1])["commits"]
     (want, straight), (got, killed) = (records(tmp_path / x) for x in ("straight", "killed"))

@@ -1,6 +1,5 @@
 """One of two processes is killed, or fails: the other one names it and ends, and both go on."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import quick_environment
 from safetensors.numpy import load_file
 from test_kill import inside
 from test_processes import assert_same_samples, free_port, losses
@@ -30,7 +30,6 @@ HASTY = (
 
 
 def start(run_dir, *words, processes=2, program=("-m", "opd_jax.main")):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *program, *arguments(run_dir, RUN, *STAGES, *words)]
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)]
     pipe = subprocess.PIPE
@@ -38,7 +37,7 @@ def start(run_dir, *words, processes=2, program=("-m", "opd_jax.main")):
         subprocess.Popen(
             [*command, *flags, "--rank", str(rank)],
             cwd=ROOT,
-            env=environment,
+            env=quick_environment(),
             stdout=pipe,
             stderr=subprocess.STDOUT,
         )

@@ -1,7 +1,6 @@
 """Two processes run the pipeline together and find what one process finds."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from processes import quick_environment
 from safetensors.numpy import load_file
 from tiny_run import ROOT, arguments
 
@@ -24,11 +24,13 @@ def free_port():
 
 
 def start(run_dir, devices, *more):
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, *more)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=quick_environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -117,13 +119,11 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.slow
 def test_the_processes_of_a_slurm_step_find_each_other(tmp_path):
     job = 7 + free_port() % 4000  # JAX takes its port from the job's number
-    step = {
+    step = quick_environment() | {
         "SLURM_JOB_ID": str(job),
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_STEP_NUM_NODES": "1",
         "SLURM_NTASKS": "2",
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
     }
     words = arguments(tmp_path / "run", "--stages", "answer", "--distributed")
     command = [sys.executable, "-m", "opd_jax.main", *words]
@@ -131,7 +131,7 @@ def test_the_processes_of_a_slurm_step_find_each_other(tmp_path):
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            env={**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

@@ -1,7 +1,6 @@
 """A run whose student samples anew on its way, through the command line."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import quick_environment
 from tiny_run import ROOT, arguments
 
 from opd_jax.data.store import open_store
@@ -36,9 +36,8 @@ def command(run_dir, *words):
 
 def start(run_dir, log, *words):
     """A run of its own, on one device."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-m", "opd_jax.main", *command(run_dir, *words)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(words, cwd=ROOT, env=quick_environment(), stdout=log, stderr=log)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Stages shared out to programs that meet in the store alone, one of which is killed."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import quick_environment
 from tiny_run import ROOT, arguments
 
 from opd_jax.core.run_lock import file_lock
@@ -22,9 +22,7 @@ SETTINGS = ("prompts.opd_limit=48", "score.batch_tokens=32", "score.top_k=4")
 
 def start(run_dir, *more):
     environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
+        **quick_environment(),
         "JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -256,8 +256,6 @@ def main(action, folder):
 
 if __name__ == "__main__":
     os.environ |= {
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(Path(sys.argv[2], "programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

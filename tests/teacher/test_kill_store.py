@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kill_store import KILLS, PASS, RECORDS, same_scores
+from processes import quick_environment
 
 from opd_jax.data.store import open_store
 from opd_jax.data.store_rows import record_digest
@@ -17,7 +18,13 @@ def run_children(action, folder):
     command = [sys.executable, str(Path(__file__).with_name("kill_store.py")), action, str(folder)]
     with (folder / "log.txt").open("w+") as log:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=300, check=False
+            command,
+            env=quick_environment(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            timeout=300,
+            check=False,
         )
     log_text = (folder / "log.txt").read_text()
     assert done.returncode == 0, log_text

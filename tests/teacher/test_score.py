@@ -16,8 +16,6 @@ from opd_jax.teacher.batches import padding_share, score_batches
 from opd_jax.teacher.score import Scorer
 from opd_jax.teacher.score_pass import score_snapshot
 
-pytestmark = pytest.mark.exact
-
 forward = jax.jit(LanguageModel.forward, static_argnums=0)
 
 
@@ -42,6 +40,7 @@ def oracle_logprobs(model, params, record):
     return oracles.log_softmax(logits)[len(record.prompt_ids) - 1 :]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "mesh", [None, MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2)]
 )
@@ -141,6 +140,7 @@ def test_a_live_batch_has_no_more_rows_than_a_power_of_two_needs(monkeypatch):
         assert needed <= rows < 2 * max(needed, 2)
 
 
+@pytest.mark.exact
 def test_a_pass_that_was_cut_off_ends_with_the_same_bits(tmp_path):
     model, params = tiny()
     scorer = Scorer(model, params, top_k=2, batch_tokens=64)
@@ -212,6 +212,7 @@ def test_more_top_k_than_vocabulary():
         Scorer(model, params, top_k=65)
 
 
+@pytest.mark.exact
 def test_all_at_once_and_in_batches_give_the_same_scores():
     model, params = tiny()
     records = make_records(7)

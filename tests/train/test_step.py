@@ -19,8 +19,6 @@ from opd_jax.train.step import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.exact
-
 LOOP = LoopConfig(steps=8, batch_size=8, optim=OptimConfig(learning_rate=1e-3, warmup_steps=2))
 OBJECTIVES = [Objective("sft"), Objective("sampled"), Objective("topk", tail=True)]
 
@@ -65,6 +63,7 @@ def assert_same(got, want, atol):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "objective",
     [pytest.param(o, marks=[] if o.kind == "sampled" else pytest.mark.slow) for o in OBJECTIVES],
@@ -75,6 +74,7 @@ def test_accumulated_equals_whole(objective):
     assert_same(run(objective, pieces=4), run(objective), atol=2e-5)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
 def test_four_devices_equal_one(objective):
     losses, _ = run(objective, MeshConfig(fsdp=2, tensor=2))
@@ -87,6 +87,7 @@ def test_other_meshes_equal_one_device(mesh):
     np.testing.assert_allclose(run(objective, mesh)[0], run(objective)[0], atol=1e-5)
 
 
+@pytest.mark.exact
 def test_accumulation_on_a_mesh_equals_whole():
     objective = Objective("sampled")
     losses, _ = run(objective, MeshConfig(fsdp=2, tensor=2), pieces=4)
