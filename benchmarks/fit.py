@@ -11,7 +11,8 @@ Each row is one program of a config of `configs/`, compiled by `--fit` in a proc
 rows of 1,024 prompt and 4,096 response tokens in micro-batches of one row a device, scoring of
 batches of one such row a device, decoding of 64 slots of 4,096 tokens. GiB is what the program
 alone takes of a device: arguments, temporaries and outputs less aliases; `needed` adds what lies
-beside it; a model is its `config.json`.
+beside it; a model is its `config.json`. Of the online run it is the program that leaves least of
+sampling, scoring and training, with all that the run keeps loaded beside it.
 
 Beside it the pretraining step of MaxText 0.2.5 at one sequence of 4,096 tokens a device, with full
 rematerialisation and flash attention: arguments and temporaries, as compiled for the same slices
@@ -75,7 +76,12 @@ MODELS = {
     },
 }
 """From the models' published `config.json`."""
-PAIRS = {"qwen3_4b": ("4b", "8b"), "qwen3_8b": ("8b", "32b"), "qwen3_30b_a3b": ("30b_a3b",) * 2}
+PAIRS = {
+    "qwen3_4b": ("4b", "8b"),
+    "qwen3_8b": ("8b", "32b"),
+    "qwen3_30b_a3b": ("30b_a3b",) * 2,
+    "qwen3_30b_a3b_online": ("30b_a3b",) * 2,
+}
 PEER = {"v5e-64.qwen3_8b": 6.29, "v5e-32.qwen3_8b": 8.09, "v5p-32.qwen3_30b_a3b": 34.9}
 """GiB of a device."""
 
@@ -104,6 +110,7 @@ SCALING = {
     "v5p": {cores // 2: f"v5p-{cores}" for cores in (16, 32, 64, 128, 256, 512)},
 }
 """Chips to the slice's name."""
+ONLINE = "30B-A3B online, 8 x H100"
 ROWS = {
     "v5p-32.qwen3_30b_a3b": peer("v5p-32", "qwen3_30b_a3b", 16),
     "4B on 8 x H100": step("h100:8", "qwen3_4b", 8),
@@ -114,6 +121,7 @@ ROWS = {
     "8B on v5p-16": step("v5p-16", "qwen3_8b", 8),
     "30B-A3B on 8 x H100": step("h100:8", "qwen3_30b_a3b", 8),
     "30B-A3B on v5p-32": step("v5p-32", "qwen3_30b_a3b", 16),
+    ONLINE: ("h100:8", "qwen3_30b_a3b_online", "rollout,score,train", ()),
     **{
         f"{what} on {shown}": (target, "qwen3_8b", stage, ("model.param_dtype=bfloat16", *more))
         for what, stage, more in (
@@ -154,7 +162,9 @@ def compile_row(name, folder):
     models = (f"model.student={student}", f"model.teacher={teacher}", f"run_dir={folder}")
     settings = [word.format(tokens=5120 * devices) for word in more]
     loaded = load_config(str(ROOT / "configs" / f"{config}.yaml"), [*models, *settings])
-    found = judge(loaded, target, [stage])
+    found = judge(loaded, target, stage.split(","))
+    if name == ONLINE:
+        return found, min(found.programs, key=lambda program: program.free_bytes)
     return found, found.programs[-1]  # of sampling: decoding
 
 
