@@ -4,7 +4,9 @@ Proposals come in an order of preference; the first that divides both models, th
 rows is taken. It is the one with the most devices along `data` x `fsdp` x `expert`, which cut rows:
 they send least as long as there are rows enough. What rows are too few for goes to `tensor`, inside
 a node, and then to `context`. `data` holds the slices of a TPU, and whatever the width of the
-weights cannot be cut into.
+weights cannot be cut into. A mixture's experts are cut over the devices of a GPU node, which then
+gather the other weights alone; on TPUs they stay on `fsdp`, for there the buffers of `model.moe`
+grow with the devices along `expert`.
 """
 
 from __future__ import annotations
@@ -53,11 +55,15 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
         ConfigError: there is none; it says what is wrong with the preferred one.
     """
     models = list(_readable((config.model.student, config.model.teacher)))
-    slices = len(islands_of(devices)) if devices[0].platform == "tpu" else 1
+    islands, tpu = islands_of(devices), devices[0].platform == "tpu"
+    experts = math.gcd(*(arch.num_experts for arch in models))
     found: dict[tuple[int, ...], MeshConfig] = {}
     refused: ConfigError | None = None
     for mesh in proposals(
-        len(devices), slices, max((arch.num_experts for arch in models), default=0)
+        len(devices),
+        slices=len(islands) if tpu else 1,
+        experts=math.gcd(experts, *map(len, islands)) if experts else 0,
+        experts_first=not tpu,
     ):
         kind = mesh.tensor, mesh.context, mesh.expert
         if kind in found:
@@ -93,18 +99,22 @@ def _check(config: Config, models: Sequence[Architecture], mesh: Mesh) -> None:
         LanguageModel(arch, mesh=mesh).abstract()
 
 
-def proposals(devices: int, slices: int, experts: int) -> Iterator[MeshConfig]:
+def proposals(
+    devices: int, slices: int, experts: int, *, experts_first: bool = False
+) -> Iterator[MeshConfig]:
     """All meshes worth a thought, the preferred one first.
 
     Args:
         slices: of a TPU, with a slow network between them.
-        experts: of a model with a mixture of experts; 0 without.
+        experts: into how many parts a mixture's experts may be cut; 0 without a mixture.
+        experts_first: prefer them in as many parts as possible, not in one.
     """
     for rest in _divisors(devices // slices):  # what rows are not cut over: nothing, if possible
         for tensor in reversed(_divisors(math.gcd(rest, MOST_TENSOR))):
             ways = devices // slices // rest
             for copies in _divisors(ways):
-                for expert in sorted({1, math.gcd(ways // copies, max(experts, 1))}):
+                cuts = {1, math.gcd(ways // copies, max(experts, 1))}
+                for expert in sorted(cuts, reverse=experts_first):
                     yield MeshConfig(
                         data=slices * copies,
                         fsdp=ways // copies // expert,

@@ -1,5 +1,6 @@
 """What `model.remat` keeps of the layers, and where, in programs compiled for absent devices."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from opd_jax.fit.topology import environment
 SCRIPT = Path(__file__).with_name("compile_step.py")
 
 
+@functools.cache
 def memory(target, remat, experts=0, moments="device"):
     command = [sys.executable, str(SCRIPT), target, remat, str(experts), moments]
     # Pipelined gathers take a turn out of each loop over layers, whose kernels would count twice.

@@ -24,7 +24,6 @@ SETTINGS = (
     "train.runs.opd.steps=60",
     "train.runs.opd.eval_every=3",
     "train.runs.opd.guard.final=best",
-    "train.runs.opd.guard.fresh=0",
     "evaluate.grader=none",  # the weighted reverse KL judges: it gets better step by step
 )
 STATE = "checkpoints/opd/state"

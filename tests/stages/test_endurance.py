@@ -23,12 +23,7 @@ from opd_jax.train.sources import offline_source
 TIMES = ("step_seconds", "tokens_per_second", "data_wait", "memory_gib", "mfu")
 LIMIT_SECONDS = 300
 STATE = "checkpoints/opd/state"
-SETTINGS = (
-    "prompts.opd_limit=40",
-    "train.runs.opd.steps=6",
-    "train.runs.opd.eval_every=2",
-    "train.runs.opd.guard.fresh=0",
-)
+SETTINGS = ("prompts.opd_limit=40", "train.runs.opd.steps=6", "train.runs.opd.eval_every=2")
 TRAIN = (*SETTINGS, "--stages", "train.opd,export.opd")
 
 

@@ -5,12 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_run import arguments
+from tiny_run import FRESH, arguments
 
 from opd_jax.main import main
 
 RUNS = "train.enabled=[opd,opd_topk,opd_online,sft_longer]"
-MESH = ("mesh.fsdp=2", "mesh.tensor=2")
+MESH = ("mesh.fsdp=2", "mesh.tensor=2", *FRESH)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Offline and online runs keep the same prompts out of their training."""
 
 import pytest
-from tiny_run import CONFIG, TINY, arguments
+from tiny_run import CONFIG, FRESH, TINY, arguments
 
 from opd_jax.config_load import load_config
 from opd_jax.main import main
@@ -9,7 +9,7 @@ from opd_jax.stages import train
 from opd_jax.stages.pipeline import open_run
 
 pytestmark = pytest.mark.slow  # needs rollouts and their scores
-WORDS = ("prompts.opd_limit=40", "rollout.samples_per_prompt=2")
+WORDS = ("prompts.opd_limit=40", "rollout.samples_per_prompt=2", *FRESH)
 
 
 def test_with_several_samples_a_prompt_both_keep_out_the_same(tmp_path, monkeypatch):

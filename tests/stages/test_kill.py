@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import quick_environment
-from tiny_run import ROOT, arguments
+from tiny_run import FRESH, ROOT, arguments
 
 from opd_jax.data.store import open_store
 from opd_jax.data.store_rows import record_digest
@@ -33,7 +33,7 @@ TRIES = 5
 
 
 def start(run_dir, log):
-    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, RUNS)]
+    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, RUNS, *FRESH)]
     return subprocess.Popen(command, cwd=ROOT, env=quick_environment(), stdout=log, stderr=log)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import quick_environment
 from safetensors.numpy import load_file
-from tiny_run import ROOT, arguments
+from tiny_run import FRESH, ROOT, arguments
 
 from opd_jax.data.store import open_store
 
@@ -94,10 +94,10 @@ def test_four_devices_equal_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start(one, 2)
+    alone = start(one, 2, *FRESH)
     output = alone.communicate(timeout=LIMIT_SECONDS)[0].decode()
     assert alone.returncode == 0, output
-    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    flags = (*FRESH, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
     pair = [start(two, 1, *flags, "--rank", str(rank)) for rank in range(2)]
     for process in pair:
         output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()

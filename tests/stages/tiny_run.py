@@ -33,10 +33,14 @@ TINY = (
         for name in ("opd", "opd_topk", "opd_online", "sft_longer")
         for setting in ("optim.warmup_steps=0", "eval_every=3")
     ),
+    *(f"train.runs.{name}.guard.fresh=0" for name in ("opd", "opd_topk", "opd_online")),
     "sft.eval_every=3",
     "score.batch_tokens=512",
     "flush_seconds=0",
 )
+
+FRESH = tuple(f"train.runs.{name}.guard.fresh=8" for name in ("opd", "opd_topk", "opd_online"))
+"""Evaluations sample and ask the teacher, too: programs of their own, a third of a run's."""
 
 
 def arguments(run_dir, *more):

@@ -75,6 +75,19 @@ def test_slices_lie_along_data_and_experts_are_spread():
     assert first == MeshConfig(data=2, fsdp=16)
     assert second == MeshConfig(data=2, fsdp=1, expert=16)
     assert next(proposals(8, slices=1, experts=0)) == MeshConfig(fsdp=8)
+    first, second = list(proposals(16, slices=1, experts=8, experts_first=True))[:2]
+    assert first == MeshConfig(fsdp=2, expert=8)
+    assert second == MeshConfig(fsdp=16)
     for mesh in proposals(24, slices=2, experts=8):
         assert math.prod(mesh.model_dump().values()) == 24
         assert mesh.data % 2 == 0
+
+
+def test_a_mixtures_experts_go_to_the_devices_of_a_node(tmp_path):
+    """Of CPUs, all are one; 6 experts are cut in two."""
+    sizes = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    sizes |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = config_with(tmp_path, f"model.teacher={tmp_path}", **sizes)
+    assert choices(config, jax.devices(), 2) == [MeshConfig(fsdp=2, expert=2), MeshConfig(fsdp=4)]
+    dense = config_with(tmp_path)
+    assert choices(dense, jax.devices(), 1) == [MeshConfig(fsdp=4)]
