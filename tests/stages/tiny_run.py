@@ -40,7 +40,7 @@ TINY = (
 )
 
 FRESH = tuple(f"train.runs.{name}.guard.fresh=8" for name in ("opd", "opd_topk", "opd_online"))
-"""Evaluations sample and ask the teacher, too: programs of their own, a third of a run's."""
+"""Evaluations sample and ask the teacher, too: several programs more to compile."""
 
 
 def arguments(run_dir, *more):
