@@ -6,8 +6,9 @@ does. So every row of the head is read once, and its gradient written once. The 
 and the head's gradient are float32, over the true vocabulary, whatever its size. A chosen token's
 logit is one of those that are summed: another product of the same numbers may be rounded otherwise
 (an accelerator takes float32 products in fewer bits), and a log-prob would come out above 0. The
-head comes as the parameter it is: it is cast and gathered here, so that its gradient is never
-rounded to the compute dtype, in which a frequent token's sum would stop growing.
+head comes as the parameter it is: it is cast here, so that its gradient is never rounded to the
+compute dtype, in which a frequent token's sum would stop growing. What a mesh cuts of its width is
+gathered a block at a time, and a block's gradient is scattered at once.
 """
 
 from __future__ import annotations
@@ -103,9 +104,11 @@ def top_k_logprobs(
     Each piece of a vocabulary that the mesh cuts finds its own `k`; only those travel.
     """
     shards = 1 if mesh is None else axis_size(mesh, "vocab")
-    head_vd = _gathered(head_vd, hidden_btd.dtype, mesh)
+    # Its rows whole, once: each chunk of tokens reads all of them.
+    head_vd = constrain(head_vd.astype(hidden_btd.dtype), mesh, ("vocab", "replicated"), "head")
     head_nvd = head_vd.reshape(shards, -1, head_vd.shape[-1])
-    chunk = _chunk(hidden_btd, chunk_tokens)
+    b, t, _ = hidden_btd.shape
+    chunk = min(t, max(1, chunk_tokens // b))
 
     def body(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TopK]:
         hidden, ids = xs
@@ -120,7 +123,7 @@ def top_k_logprobs(
         return None, TopK(jnp.sum(target_bcn, axis=-1), entropy_bc, top_ids, values)
 
     _, out = jax.lax.scan(body, None, (cut_time(hidden_btd, chunk), cut_time(ids_bt, chunk)))
-    return jax.tree.map(lambda x: join_time(x, hidden_btd.shape[1]), out)
+    return jax.tree.map(lambda x: join_time(x, t), out)
 
 
 def _top_k_of_pieces(logprob_bcnv: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -132,21 +135,8 @@ def _top_k_of_pieces(logprob_bcnv: jax.Array, k: int) -> tuple[jax.Array, jax.Ar
     return values, jnp.take_along_axis(ids.reshape(b, c, -1), place, axis=-1)
 
 
-def _gathered(head_vd: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """The head as products read it: cast, its rows whole, once, and not in the loops."""
-    return constrain(head_vd.astype(dtype), mesh, ("vocab", "replicated"), "head")
-
-
-def _chunk(hidden_btd: jax.Array, chunk_tokens: int) -> int:
-    b, t, _ = hidden_btd.shape
-    return min(t, max(1, chunk_tokens // b))
-
-
 def _pieces(t: int, entries: int, ways: int) -> int:
-    """Time steps at once, of `entries` numbers each, that stay below `BLOCK_LOGITS` numbers.
-
-    But at least one of each of `ways` parts.
-    """
+    """Time steps at once, of `entries` numbers each: below `BLOCK_LOGITS`, or one of each part."""
     return min(t, max(1, BLOCK_LOGITS // entries // ways) * ways)
 
 
@@ -171,7 +161,7 @@ class _Saved(NamedTuple):
     """What the backward pass needs."""
 
     hidden_btd: jax.Array
-    head_vd: jax.Array  # cast and gathered
+    head_vd: jax.Array  # cast
     ids_bts: jax.Array
     lse_bt: jax.Array
     like: jax.Array  # empty, of the parameter's dtype
@@ -190,7 +180,7 @@ def _chosen_fwd(
     hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
 ) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
     like = jnp.zeros((0,), head_vd.dtype)
-    head_vd = _gathered(head_vd, hidden_btd.dtype, plan.mesh)
+    head_vd = head_vd.astype(hidden_btd.dtype)
     logprob_bts, lse_bt, entropy_bt, logits = _forward(hidden_btd, head_vd, ids_bts, plan)
     saved = _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like, logits)
     return (logprob_bts, entropy_bt), saved
@@ -238,6 +228,11 @@ def _add_chosen_grads(
     return hidden_grad_btd + more_btd, head_grad_vd
 
 
+def _as_parameter(x_nvd: jax.Array, plan: _Plan) -> jax.Array:
+    """Rows of the head, or of its gradient, cut as the mesh cuts the parameter."""
+    return constrain(x_nvd, plan.mesh, ("vocab", "replicated", "embed"), "head")
+
+
 def _over_vocabulary(
     head_vd: jax.Array,
     plan: _Plan,
@@ -245,7 +240,7 @@ def _over_vocabulary(
     carry: Any,
     kept: _Blocks,
 ) -> tuple[Any, _Blocks]:
-    """Run `body(head_ncd, start, carry, kept)` over blocks of c rows of each of the n shards.
+    """Run `body(head_ncd, start, carry, kept)` over blocks of c whole rows of each of the n shards.
 
     Blocks of `plan.rows` in a loop, then the smaller one that is left. A body gives the next carry
     and what to keep of its block.
@@ -256,13 +251,17 @@ def _over_vocabulary(
     def block(carry: Any, xs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, jax.Array | None]:
         j, kept_ncbt = xs
         head_ncd = jax.lax.dynamic_slice_in_dim(head_nvd, j * rows, rows, axis=1)
-        return body(head_ncd, j * rows, carry, kept_ncbt)
+        return body(whole(head_ncd), j * rows, carry, kept_ncbt)
+
+    def whole(head_ncd: jax.Array) -> jax.Array:
+        head_ncd = _as_parameter(head_ncd, plan)  # or all would be gathered, and a block cut out
+        return constrain(head_ncd, plan.mesh, ("vocab", "replicated", "replicated"), "head")
 
     carry, stack = jax.lax.scan(block, carry, (jnp.arange(size // rows), kept.stack))
     start = size - size % rows
     if start == size:
         return carry, _Blocks(stack, None)
-    carry, rest = body(head_nvd[:, start:], start, carry, kept.rest)
+    carry, rest = body(whole(head_nvd[:, start:]), start, carry, kept.rest)
     return carry, _Blocks(stack, rest)
 
 
@@ -333,13 +332,14 @@ def _normaliser_grads(
         block = jnp.einsum(
             "ncbt,btd->ncd", logit_grad, hidden_btd, preferred_element_type=jnp.float32
         )
+        block = _as_parameter(block, plan)
         head_grad_nvd = jax.lax.dynamic_update_slice_in_dim(head_grad_nvd, block, start, axis=1)
         return (hidden_grad_nbtd, head_grad_nvd), None
 
     v, d = head_vd.shape
     zeros = (
         jnp.zeros((plan.shards, *hidden_btd.shape), jnp.float32),
-        jnp.zeros((plan.shards, plan.size, d), jnp.float32),
+        _as_parameter(jnp.zeros((plan.shards, plan.size, d), jnp.float32), plan),
     )
     (hidden_grad, head_grad), _ = _over_vocabulary(head_vd, plan, body, zeros, saved.logits)
     return jnp.sum(hidden_grad, axis=0), head_grad.reshape(v, d)

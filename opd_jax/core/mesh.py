@@ -23,7 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "head_dim": None,
     "embed": ("fsdp", "expert", "context"),
-    "expert_embed": ("fsdp", "context"),
+    "moe_embed": ("fsdp", "context"),
     "ffn": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -101,13 +101,11 @@ class Experts(nnx.Module):
     def __init__(self, arch: Architecture, rngs: nnx.Rngs) -> None:
         depth, d, f = len(arch.sparse_layers), arch.embed_dim, arch.expert_ffn_dim
         e = arch.num_experts
-        in_axes = ("layers", "experts", "expert_embed", "ffn")
+        in_axes = ("layers", "experts", "moe_embed", "ffn")
         self.router = _weight(rngs, (depth, d, e), ("layers", "embed", "replicated"), d)
         self.w_gate = _weight(rngs, (depth, e, d, f), in_axes, d)
         self.w_up = _weight(rngs, (depth, e, d, f), in_axes, d)
-        self.w_down = _weight(
-            rngs, (depth, e, f, d), ("layers", "experts", "ffn", "expert_embed"), f
-        )
+        self.w_down = _weight(rngs, (depth, e, f, d), ("layers", "experts", "ffn", "moe_embed"), f)
 
 
 class Decoder(nnx.Module):

@@ -69,7 +69,7 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, mesh, monkeypatch):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gradient_where_a_mesh_cuts_the_tokens(parts, monkeypatch):
     monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 50)  # chunks of one token of each part
-    hidden, head, ids, weight = arrays(2, 12, 6, 38, 2)
+    hidden, head, ids, weight = arrays(2, 12, 8, 38, 2)
 
     def total(mesh, hidden, head):
         return jnp.sum(weight * chosen_logprobs(hidden, head, ids, mesh, 7).logprob_bts)
