@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_model
-from tiny_run import ROOT, arguments
+from tiny_run import FRESH, ROOT, arguments
 from tiny_tokenizers import MERGES, tokens, write_tokenizer
 
 from opd_jax.data.store import open_store
@@ -128,7 +128,8 @@ def test_one_changed_value_of_the_teacher_is_refused_or_marked(run, do, refused,
 
 def test_the_guards_teacher_has_to_be_that_of_the_scores(run, refused, tmp_path):
     other = changed_teacher(tmp_path / "other")
-    text = refused("train.opd", f"model.teacher={other}", "train.runs.opd.guard.teacher=true")
+    asked = (*FRESH, "train.runs.opd.guard.teacher=true")
+    text = refused("train.opd", f"model.teacher={other}", *asked)
     _, scored, where = teachers_of(run)
     assert text.startswith(
         f"the teacher of the scores recorded in {where} is {named(scored['name'], scored)}, "
@@ -298,7 +299,7 @@ def test_vocabularies_that_differ_by_padding_go_through_every_stage(tmp_path):
         f"model.teacher={padded_model(tmp_path / 'teacher', 'teacher', 32)}",
         f"model.student={padded_model(tmp_path / 'student', 'student', 40)}",
     )
-    assert main(arguments(tmp_path / "run", *RUN, *words)) == 0
+    assert main(arguments(tmp_path / "run", *RUN, *FRESH, *words)) == 0
     for folder in ("answers", "rollouts", "evaluate/opd/sampled", "evaluate/base/greedy"):
         store = open_store(tmp_path / "run" / folder)
         snapshot = store.freeze()
