@@ -12,7 +12,7 @@ from opd_jax.algo import logprobs
 from opd_jax.algo.chunks import cut_time, join_time
 from opd_jax.algo.logprobs import chosen_logprobs, top_k_logprobs
 from opd_jax.config import MeshConfig
-from opd_jax.core.mesh import make_mesh, put_batch
+from opd_jax.core.mesh import make_mesh, put_batch, sharding_for
 
 
 def arrays(b, t, d, v, s, seed=0):
@@ -228,3 +228,17 @@ def test_padded_rows_have_no_probability_and_no_gradient(rows, keep, used, mesh,
     np.testing.assert_allclose(top.entropy_bt, entropy, atol=1e-6)
     assert top.ids_btk.max() == used - 1
     assert top.logprob_btk.min() > -1e3
+
+
+def test_no_device_holds_a_whole_head_or_its_whole_gradient():
+    """Neither gathered nor summed: both go a block at a time. With so many tokens no logits stay."""
+    hidden, head, ids, weight = arrays(4, 32, 64, 2**17, 1)
+    mesh = make_mesh(MeshConfig(fsdp=4))
+
+    def total(hidden, head):
+        return jnp.sum(weight * chosen_logprobs(hidden, head, ids, mesh).logprob_bts)
+
+    cut = sharding_for(mesh, ("vocab", "embed"), head.shape, "head")
+    given = put_batch(mesh, hidden), jax.device_put(head, cut)
+    step = jax.jit(jax.grad(total, (0, 1)), out_shardings=(given[0].sharding, cut))
+    assert step.lower(*given).compile().memory_analysis().temp_size_in_bytes < head.nbytes / 2
