@@ -231,7 +231,7 @@ def test_padded_rows_have_no_probability_and_no_gradient(rows, keep, used, mesh,
 
 
 def test_no_device_holds_a_whole_head_or_its_whole_gradient():
-    """Neither gathered nor summed: both go a block at a time. With so many tokens no logits stay."""
+    """Both go a block at a time. With so many tokens no logits are kept."""
     hidden, head, ids, weight = arrays(4, 32, 64, 2**17, 1)
     mesh = make_mesh(MeshConfig(fsdp=4))
 
