@@ -185,6 +185,15 @@ def await_commits(child, root, base, wanted):
         time.sleep(0.0005)
 
 
+def await_reading(reader, wanted):
+    """Wait until the reader has read so many records and scores at once."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while max(reader.told(), default=0) < wanted:
+        assert os.waitpid(reader.pid, os.WNOHANG) == (0, 0), "the reader ended"
+        assert time.monotonic() < deadline, "never read everything"
+        time.sleep(0.01)
+
+
 def timed(work, root, base):
     """Does the work undisturbed; returns the seconds that a segment takes."""
     child = Child(work, root, (0, 1))
@@ -219,7 +228,7 @@ def kills(folder):
             kill_many(work, killed, base, each)
             for (work, base), each in zip(WORK, seconds, strict=True)
         ]
-        time.sleep(2)  # the reader sees the end, too
+        await_reading(reader, 2 * RECORDS)
     finally:
         read = reader.kill()
     return {"writing": left[0], "scoring": left[1], "read": read}
