@@ -63,7 +63,6 @@ def assert_same(got, want, atol):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize(
     "objective",
     [pytest.param(o, marks=[] if o.kind == "sampled" else pytest.mark.slow) for o in OBJECTIVES],
