@@ -11,6 +11,7 @@ from opd_jax.config import MeshConfig
 from opd_jax.config_load import load_config
 from opd_jax.errors import ConfigError
 from opd_jax.train.mesh_choice import choices, mesh_of, proposals
+from tests.core.test_mesh_layout import nodes, slices
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 STUDENT = QUICKSTART.parent / "quickstart" / "student" / "config.json"
@@ -84,10 +85,13 @@ def test_slices_lie_along_data_and_experts_are_spread():
 
 
 def test_a_mixtures_experts_go_to_the_devices_of_a_node(tmp_path):
-    """Of CPUs, all are one; 6 experts are cut in two."""
+    """Of CPUs, all are one; 6 experts are cut in two. Of two nodes, not to all; on a TPU, not."""
     sizes = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
     sizes |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     config = config_with(tmp_path, f"model.teacher={tmp_path}", **sizes)
     assert choices(config, jax.devices(), 2) == [MeshConfig(fsdp=2, expert=2), MeshConfig(fsdp=4)]
+    many = config_with(tmp_path, f"model.teacher={tmp_path}", **sizes | {"num_experts": 16})
+    assert choices(many, nodes(2), 1) == [MeshConfig(fsdp=2, expert=8)]
+    assert choices(many, slices(1, (4, 4, 1)), 1) == [MeshConfig(fsdp=16)]
     dense = config_with(tmp_path)
     assert choices(dense, jax.devices(), 1) == [MeshConfig(fsdp=4)]
