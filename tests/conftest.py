@@ -13,8 +13,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A third of the time. Exactness is also tested on what users run: OPD_JAX_OPTIMIZED=1, as .ci/run
-# sets it.
+# `QUICK_FLAGS`, unless OPD_JAX_OPTIMIZED=1 asks for what users run, as .ci/run does for exactness.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=4"
     if os.environ.get("OPD_JAX_OPTIMIZED")
