@@ -2,6 +2,7 @@
 
 Left to themselves compilers fetch all of it before the backward pass, where memory is scarcest.
 So a fetch waits for the gradients' norm, and then for what the parameter before it sent back.
+TPUs heed that where memory is scarce, and fetch two parameters' early where it is not.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 python tests/fit/compile_step.py v5e:2x2 offload
 python tests/fit/compile_step.py h100:4 full 0 host   # with optim.offload
 python tests/fit/compile_step.py h100:4 full 64    # two layers, each with 64 experts
+python tests/fit/compile_step.py v5e:2x2 full 0 host 400    # on a TPU that has 400 MiB
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import Objective, abstract_state, make_train_step
 
 ROWS, TOKENS = 4, 1024
+V5E_BYTES = round(15.75 * 2**30)
 KERNEL = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"'
 ARCHITECTURE = Architecture(
     family="qwen3",
@@ -55,7 +57,7 @@ def with_experts(experts: int) -> Architecture:
     )
 
 
-def compiled_step(mesh, arch, remat, rows, moments="device"):
+def compiled_step(mesh, arch, remat, rows, moments="device", options=None):
     """The step, and its abstract state."""
     model = LanguageModel(arch, "bfloat16", remat, mesh)
     optim = OptimConfig(offload=moments == "host")
@@ -69,13 +71,17 @@ def compiled_step(mesh, arch, remat, rows, moments="device"):
     batch["mask_bt"] = array(jnp.bool_)
     step = make_train_step(model, Objective("sampled"), optimizer, 1)
     state = abstract_state(model, optimizer)
-    return step.lower(state, batch).compile(), state
+    return step.lower(state, batch).compile(options), state
 
 
-def main(target: str, remat: str, experts: str = "0", moments: str = "device") -> None:
+def main(
+    target: str, remat: str, experts: str = "0", moments: str = "device", room: str = ""
+) -> None:
     mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
     arch = with_experts(int(experts)) if int(experts) else ARCHITECTURE
-    compiled, state = compiled_step(mesh, arch, remat, ROWS, moments)
+    reserved = V5E_BYTES - int(room or 0) * 2**20
+    options = {"xla_tpu_user_reserved_hbm_bytes": str(reserved)} if room else None
+    compiled, state = compiled_step(mesh, arch, remat, ROWS, moments, options)
     memory = compiled.memory_analysis()
     inputs = arch.num_layers * ROWS // mesh.size * TOKENS * arch.embed_dim * 2
     weights = len(arch.sparse_layers) * arch.num_experts * 3 * arch.embed_dim * arch.expert_ffn_dim

@@ -15,8 +15,8 @@ SCRIPT = Path(__file__).with_name("compile_step.py")
 
 
 @functools.cache
-def memory(target, remat, experts=0, moments="device"):
-    command = [sys.executable, str(SCRIPT), target, remat, str(experts), moments]
+def memory(target, remat, experts=0, moments="device", room=""):
+    command = [sys.executable, str(SCRIPT), target, remat, str(experts), moments, room]
     # Pipelined gathers take a turn out of each loop over layers, whose kernels would count twice.
     env = environment({**os.environ, "XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false"})
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -42,9 +42,10 @@ def test_without_rematerialisation_no_attention_kernel_runs_twice_on(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
-def test_moments_on_the_host_visit_the_device_one_parameters_at_a_time_on(target):
-    kept, offloaded = memory(target, "full"), memory(target, "full", moments="host")
+@pytest.mark.parametrize(("target", "room"), [("v5e:2x2", "400"), ("h100:4", "")])
+def test_moments_on_the_host_visit_the_device_one_parameters_at_a_time_on(target, room):
+    """A TPU that has room to spare fetches some before the backward pass: this one has none."""
+    kept, offloaded = memory(target, "full"), memory(target, "full", moments="host", room=room)
     moments = kept["moments"]
     assert kept["host_argument_bytes"] == 0
     assert offloaded["host_argument_bytes"] > 0.99 * moments
