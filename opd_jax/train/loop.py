@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,11 @@ def run_training(
     run = _Run(job, log, source, past, watch, done)
     if not done:
         run.evaluate(0, functools.partial(model_of, state))
-    with Preemption() as notice, checkpoint.Saver(job.directory, job.keep) as saver:
+    with (
+        Preemption() as notice,
+        closing(run.trace),
+        checkpoint.Saver(job.directory, job.keep) as saver,
+    ):
         while not run.over(done):
             try:  # a draw of rollouts takes minutes; what is done of it can be given up
                 with notice.raised(done % source.stride == 0):
@@ -275,7 +280,6 @@ def _preempted(job: TrainJob, done: int) -> Preempted:
 
 
 def _result(run: _Run, params: Params, done: int) -> TrainResult:
-    run.trace.close()
     best = None
     if run.watch is not None:
         params, best = run.watch.chosen(params, run.job.model.abstract(_dtype(params)))

@@ -1,5 +1,6 @@
 """What a run knows besides its parameters is known again when it goes on, on any mesh."""
 
+import dataclasses
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ from test_loop import PLAIN, batch_of
 from opd_jax.config import MeshConfig
 from opd_jax.config_train import GuardConfig
 from opd_jax.core.mesh import make_mesh
+from opd_jax.core.trace import FIRST
 from opd_jax.errors import Preempted
 from opd_jax.train import checkpoint
 from opd_jax.train.guard import Guard, Saturation
@@ -171,6 +173,15 @@ def test_sigterm_saves_the_next_step_that_can_be_resumed(tmp_path, stride, at, s
     with pytest.raises(Preempted, match=f"SIGTERM: step {saved} is saved in {job.directory}"):
         interrupted(job, params, at, stride)
     assert checkpoint.complete_steps(job.directory) == [saved]
+
+
+@pytest.mark.slow
+def test_what_was_traced_when_sigterm_came_is_written(tmp_path):
+    job, params = job_of(tmp_path, save_every=100)
+    job = dataclasses.replace(job, profile=tmp_path / "profile")
+    with pytest.raises(Preempted):
+        interrupted(job, params, FIRST + 1)
+    assert list(job.profile.rglob("*.xplane.pb"))
 
 
 def test_sigterm_in_the_last_evaluation_is_not_forgotten(tmp_path):
