@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from opd_jax.core import liveness
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, DataError
 
 TEXT_BYTES = 256
+LOOKS, LOOK_SECONDS = 60, 2.0
+"""How often processes look until they see the same, and the time between two looks."""
 HEARTBEAT_SECONDS = 80
 """After half of it to all of it JAX aborts who has lost another; `liveness` comes before."""
 
@@ -75,6 +80,33 @@ def everyone(text: str) -> list[str]:
 def _padded(text: str) -> np.ndarray:
     data = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
     return np.pad(data, (0, TEXT_BYTES - len(data)))
+
+
+def agreed(see: Callable[[], np.ndarray], where: str) -> np.ndarray:
+    """What all processes see alike, bool [n]: each looks again until they do.
+
+    A folder on a network may hide for a while from one host what another has put there. Processes
+    that go on from different lists would meet in the collectives of different batches.
+
+    Args:
+        see: bool [n], the same n on every process.
+        where: what is looked at, for the message.
+
+    Raises:
+        DataError: they still differ after two minutes.
+    """
+    for _ in range(LOOKS):
+        seen = see()
+        if jax.process_count() == 1:
+            return seen
+        all_seen = np.asarray(multihost_utils.process_allgather(np.packbits(seen)))
+        if (all_seen == all_seen[0]).all():
+            return seen
+        time.sleep(LOOK_SECONDS)
+    raise DataError(
+        f"{where}: after {LOOKS * LOOK_SECONDS:.0f} s hosts still see different commits in it; put "
+        "it where all hosts see the same files, or wait and start the same command again"
+    )
 
 
 def barrier(name: str) -> None:

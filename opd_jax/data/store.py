@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,9 @@ from opd_jax.data.store_arrays import SHARD_TOKENS, Field
 from opd_jax.data.store_files import StoreFiles, encode_document
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_rows import FINISH_REASONS, record_columns, record_keys, vector
-from opd_jax.data.store_segments import SegmentCache, next_segment_name, write_segment
+from opd_jax.data.store_segments import SegmentCache, write_segment
 from opd_jax.data.store_snapshot import RecordView, Snapshot, committed_segments, freeze
+from opd_jax.data.store_writer import SegmentWriter
 from opd_jax.errors import DataError
 
 FIELDS = (
@@ -171,24 +171,15 @@ class Store:
         return TeacherPass(self.files, name)
 
 
-class StoreWriter:
-    """Buffers records and commits them as one segment per flush.
-
-    Leaving the context flushes, also on an exception: what was appended is complete.
-    """
+class StoreWriter(SegmentWriter[Record]):
+    """Takes records; a full shard's worth of tokens flushes by itself."""
 
     def __init__(self, files: StoreFiles, process_index: int) -> None:
-        self._files = files
-        self._process_index = process_index
+        super().__init__(files, "", process_index, SHARD_TOKENS)
         self._seen: set[tuple[str, int]] = set()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._records: list[Record] = []
-        self._tokens = 0
 
     def append(self, record: Record) -> None:
-        """Takes a copy of the record; a full shard's worth of tokens flushes by itself.
+        """Takes a copy of the record.
 
         Raises:
             DataError: the record contradicts itself, or this writer has had its key before.
@@ -201,34 +192,11 @@ class StoreWriter:
                 " give every sample its own index"
             )
         self._seen.add(key)
-        self._records.append(checked)
-        self._tokens += len(checked.prompt_ids) + len(checked.response_ids)
-        if self._tokens >= SHARD_TOKENS:
-            self.flush()
+        self._buffer(checked, len(checked.prompt_ids) + len(checked.response_ids))
 
-    def flush(self) -> None:
-        """Commits what is buffered; nothing is buffered, nothing is written."""
-        if not self._records:
-            return
-        name = next_segment_name(self._files, "", self._process_index)
-        ragged = [(field, [getattr(r, field.name) for r in self._records]) for field in FIELDS]
-        write_segment(self._files, "", name, ragged, record_columns(self._records), {})
-        self._clear()
-
-    def close(self) -> None:
-        """Commits the rest."""
-        self.flush()
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def _write(self, name: str, rows: list[Record]) -> None:
+        ragged = [(field, [getattr(r, field.name) for r in rows]) for field in FIELDS]
+        write_segment(self._files, "", name, ragged, record_columns(rows), {})
 
 
 def _checked(record: Record) -> Record:

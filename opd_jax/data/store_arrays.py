@@ -126,7 +126,7 @@ def lay_out(
 def write_array(
     files: StoreFiles, folder: str, flat: np.ndarray, field: Field, chunk: int
 ) -> tuple[Any, dict[str, Any]]:
-    """Begins to write one array, whole shards only.
+    """Begins to write one array, whole shards only; an interrupted write of it is made good.
 
     Returns:
         what to await the end with (`None`: nothing is left), and what a commit must say of it.
@@ -139,7 +139,7 @@ def write_array(
         "store_data_equal_to_fill_value": True,
     }
     with write_failure_named(files.path(folder)):
-        store = ts.open(spec, create=True, context=shared_context()).result()
+        store = ts.open(spec, open=True, create=True, context=shared_context()).result()
     begun = store.write(flat) if flat.size else None
     zarr_json = files.read(folder + "zarr.json", "write the segment again")
     return begun, {

@@ -87,7 +87,8 @@ def look(files: StoreFiles) -> StoreLayout:
     """
     sizes, folders = _walk(files)
     inside = [key.split("/") for key in sizes if key.startswith("teacher/")]
-    passes = sorted({parts[1] for parts in inside if len(parts) > 2})
+    # A name with a dot before it is a pass that --force has put aside.
+    passes = sorted({p[1] for p in inside if len(p) > 2 and not p[1].startswith(".")})
     committed = {
         f"{base}data/{name}/" for base in bases(passes) for name in commit_names(files, base)
     }

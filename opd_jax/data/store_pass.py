@@ -9,7 +9,6 @@ are refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from opd_jax.data.records import Scores
 from opd_jax.data.store_arrays import Field
 from opd_jax.data.store_files import StoreFiles
 from opd_jax.data.store_rows import vector
-from opd_jax.data.store_segments import Segment, SegmentCache, next_segment_name, write_segment
+from opd_jax.data.store_segments import Segment, SegmentCache, write_segment
 from opd_jax.data.store_snapshot import RecordView, Snapshot, checked_indices, read_fields
+from opd_jax.data.store_writer import SegmentWriter
 from opd_jax.errors import DataError
 
 FIELDS = (
@@ -48,6 +48,11 @@ class TeacherPass:
         self.meta: dict[str, Any] = files.read_document(self._base + "pass.json", repair)["meta"]
         self._segments = SegmentCache(files, self._base)
         self._index: ScoreIndex | None = None
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return self._files.path(self._base)
 
     def committed_records(self, snapshot: RecordView) -> set[int]:
         """Indices of the snapshot's records that have scores.
@@ -173,24 +178,17 @@ def _record_numbers(snapshot: RecordView) -> dict[str, np.ndarray]:
     return {s.name: rows for s, rows in zip(snapshot.segments, numbers, strict=True)}
 
 
-class PassWriter:
-    """Buffers scores and commits them as one segment per flush. Leaving the context flushes."""
+class PassWriter(SegmentWriter[tuple[int, Scores]]):
+    """Takes the scores of records, each with the record's index in the snapshot."""
 
     def __init__(
         self, files: StoreFiles, base: str, snapshot: Snapshot, process_index: int
     ) -> None:
-        self._files = files
-        self._base = base
+        super().__init__(files, base, process_index, BUFFER_BYTES)
         self._snapshot = snapshot
-        self._process_index = process_index
         self._places = snapshot.places()
         self._response_len = snapshot.lengths()[1]
         self._seen: set[int] = set()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._rows: list[tuple[int, Scores]] = []
-        self._bytes = 0
 
     def append(self, record_index: int, scores: Scores) -> None:
         """Takes a copy of one record's scores; a full buffer flushes by itself.
@@ -201,10 +199,8 @@ class PassWriter:
         checked_indices([record_index], len(self._snapshot))
         checked = self._checked(record_index, scores)
         self._seen.add(record_index)
-        self._rows.append((record_index, checked))
-        self._bytes += sum(array.nbytes for array in _arrays(checked).values())
-        if self._bytes >= BUFFER_BYTES:
-            self.flush()
+        size = sum(array.nbytes for array in _arrays(checked).values())
+        self._buffer((record_index, checked), size)
 
     def _checked(self, record_index: int, scores: Scores) -> Scores:
         prompt_id, sample = self._snapshot.keys[record_index]
@@ -250,36 +246,16 @@ class PassWriter:
                 " give one k for the whole pass"
             )
 
-    def flush(self) -> None:
-        """Commits what is buffered."""
-        if not self._rows:
-            return
-        records = np.array([index for index, _ in self._rows], np.int64)
+    def _write(self, name: str, rows: list[tuple[int, Scores]]) -> None:
+        records = np.array([index for index, _ in rows], np.int64)
         held, source = np.unique(self._places[0][records], return_inverse=True)
         scored = [self._snapshot.segments[number] for number in held]
         columns = {"source": source.astype(np.int64), "source_row": self._places[1][records]}
-        arrays = [_arrays(scores) for _, scores in self._rows]
-        name = next_segment_name(self._files, self._base, self._process_index)
+        arrays = [_arrays(scores) for _, scores in rows]
         extra = {"scored_segments": [[segment.name, segment.digest] for segment in scored]}
         held_fields = [field for field in FIELDS if field.name in arrays[0]]
         ragged = [(field, [row[field.name] for row in arrays]) for field in held_fields]
         write_segment(self._files, self._base, name, ragged, columns, extra)
-        self._clear()
-
-    def close(self) -> None:
-        """Commits the rest."""
-        self.flush()
-
-    def __enter__(self) -> PassWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _arrays(scores: Scores) -> dict[str, np.ndarray]:

@@ -49,6 +49,9 @@ def verify_store(files: StoreFiles, on_step: Callable[[str], None] = lambda _: N
         raise
     except DataError as error:
         found.problems.append(str(error))
+    with found.caught():
+        if files.exists("shares.json"):
+            files.read_document("shares.json", "delete it once no share is at work")
     layout = look(files)
     readable: list[str] = []
     for name in commit_names(files, ""):

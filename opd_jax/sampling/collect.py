@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opd_jax.core.distributed import barrier
+from opd_jax.core.distributed import agreed, barrier
 from opd_jax.core.preemption import told
 from opd_jax.data.records import Record
 from opd_jax.data.store import Store
@@ -52,11 +53,16 @@ class Work(NamedTuple):
     plan: Plan
     share: tuple[int, int] = (0, 1)
 
-    def pending(self, store: Store) -> tuple[list[Request], int]:
-        """Of this share, what the store does not hold yet, and how much it holds."""
-        done, mine = store.committed_keys(), share_of(self.requests, self.share)
-        left = [r for r in mine if (r.prompt_id, r.sample_index) not in done]
-        return left, len(mine) - len(left)
+    def done(self, store: Store) -> np.ndarray:
+        """Of each request of this share whether the store holds it: bool [n]."""
+        keys = store.committed_keys()
+        mine = share_of(self.requests, self.share)
+        return np.array([(r.prompt_id, r.sample_index) in keys for r in mine], bool)
+
+    def without(self, done: np.ndarray) -> list[Request]:
+        """The requests of this share that are left."""
+        mine = share_of(self.requests, self.share)
+        return [request for request, there in zip(mine, done, strict=True) if not there]
 
 
 def collect(
@@ -79,8 +85,9 @@ def collect(
     Raises:
         Preempted: SIGTERM came to one of several processes; what is finished is committed.
     """
-    barrier("collect")  # every process sees the same commits, so that all sample the same rest
-    pending, _ = work.pending(store)
+    barrier("collect")  # what all have committed is there
+    done = functools.partial(agreed, lambda: work.done(store), store.files.root)
+    pending = work.without(done())
     rank, count = jax.process_index(), jax.process_count()
     owner = {(r.prompt_id, r.sample_index): i % count for i, r in enumerate(work.requests)}
     flushed = time.monotonic()
@@ -97,6 +104,7 @@ def collect(
                 writer.flush()
                 raise Preempted("SIGTERM")
     barrier("collected")
+    done()  # every process sees what all have written, and can freeze it
 
 
 def to_record(sample: Sample) -> Record:

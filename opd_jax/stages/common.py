@@ -143,7 +143,7 @@ def _sample_rest(
     job = SamplingJob(model, params, task.sampling, tokenizer.end_ids, ctx.seed(task.stream), text)
     unit = "sampled" if task.sampling.temperature else "greedy answers"
     work = Work(requests, plan_for(job, requests), ctx.share or (0, 1))
-    if task.split != "eval" and work.pending(store)[0]:  # each checkpoint would say it
+    if task.split != "eval" and not work.done(store).all():  # each checkpoint would say it
         say(stage_line(task.stage, str(work.plan)))
     fill_store(ctx, (task.stage, unit), job, store, work)
 
@@ -153,8 +153,8 @@ def fill_store(
 ) -> None:
     """Sample what the store does not hold yet; `shown`: the stage, and what is counted."""
     stage, unit = shown
-    pending, done = work.pending(store)
-    with StageProgress(stage, len(pending) + done, unit, done) as progress:
+    done = work.done(store)
+    with StageProgress(stage, len(done), unit, int(done.sum())) as progress:
         lengths = _Lengths()
 
         def on_sample(sample: Sample) -> None:
@@ -280,10 +280,11 @@ def _open_pass(
             store.settle_shares(name, ctx.share[1])
         return scores
 
-    begun = opened() if store.has_pass(name) else None
-    complete = begun is not None and len(begun.committed_records(snapshot)) == len(snapshot)
-    if task.self_test and not complete:
-        say(stage_line(task.stage, self_test(scorer, snapshot, batches[0])))
+    begun = opened() if from_first("begun" if store.has_pass(name) else "") else None
+    held = 0 if begun is None else len(begun.committed_records(snapshot))
+    # As process 0 sees it: a self-test takes all of them.
+    if task.self_test and not from_first("complete" if held == len(snapshot) else ""):
+        say(stage_line(task.stage, self_test(scorer, snapshot, batches)))
         cut = ", ".join(f"{rows} x {length:,}" for length, rows in shapes(batches).items())
         share = f"{padding_share(batches, tokens_r):.1%} padding"
         say(stage_line(task.stage, f"{len(batches):,} batches of {cut} tokens, {share}"))
@@ -298,12 +299,13 @@ def _pass_meta(
     scorer: Scorer,
     batches: Sequence[ScoreBatch],
 ) -> Json:
-    """All that the bits of the scores depend on; also what shares have to have alike."""
+    """What decides the batches and the arithmetic of the scores: shares have to have it alike."""
     return {
         "teacher": task.teacher.to_json(),
         "top_k": task.top_k,
         "snapshot": snapshot.hash,
         **ctx.numerics(),
+        "attention": ctx.config.model.attention,
         "batch_tokens": task.batch_tokens,
         "mesh_ways": scorer.ways,
         "row_lengths": list(shapes(batches)),

@@ -13,6 +13,7 @@ continued ends with the same bits as an undisturbed one.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,11 +133,15 @@ class Scorer:
 
     def _scores(self, record: Record, place: tuple[int, slice], out: ScoreOut) -> Scores:
         logprob = np.asarray(out.logprob_bt[place], np.float32)
-        _check(logprob, record, self.role)
-        entropy = np.asarray(out.entropy_bt[place], np.float32) if self.entropy else None
+        _check("log-prob", logprob, record, self.role)
+        entropy = None
+        if self.entropy:
+            entropy = np.asarray(out.entropy_bt[place], np.float32)
+            _check("entropy", entropy, record, self.role, math.inf)
         logprob = np.minimum(logprob, 0.0)
         if not self.top_k:
             return Scores(logprob, entropy=entropy)
+        _check("top-k log-prob", out.logprob_btk[place], record, self.role)
         top = np.minimum(out.logprob_btk[place], 0.0)
         rest = 1.0 - np.sum(np.exp(top.astype(np.float64)), axis=-1)
         return Scores(
@@ -174,13 +179,20 @@ def _check_ids(record: Record, vocab_size: int) -> None:
         )
 
 
-def _check(logprob: np.ndarray, record: Record, role: str) -> None:
-    bad = ~np.isfinite(logprob) | (logprob > POSITIVE_TOLERANCE)
+def _check(
+    what: str,
+    values: np.ndarray,
+    record: Record,
+    role: str,
+    largest: float = POSITIVE_TOLERANCE,
+) -> None:
+    """Raises DataError where `values` of the record's tokens, [t] or [t, k], are impossible."""
+    bad = ~np.isfinite(values) | (values > largest)
     if bad.any():
-        at = int(np.argmax(bad))
+        at, *_ = place = np.unravel_index(np.argmax(bad), bad.shape)
         cause = "its weights are damaged" if role == "teacher" else "it has diverged"
         raise DataError(
-            f"{role}: log-prob {logprob[at]} at response token {at} of record "
+            f"{role}: {what} {values[place]} at response token {at} of record "
             f"'{record.prompt_id}'/{record.sample_index}; {cause}, or its compute dtype overflows: "
             f"{REPAIR[role]}, or use model.compute_dtype=float32"
         )

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from opd_jax.core.distributed import barrier
+from opd_jax.core.distributed import agreed, barrier
 from opd_jax.core.preemption import told
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_pass import TeacherPass
@@ -43,10 +44,15 @@ def score_snapshot(
     """
     barrier("score")
     prompt_r, response_r = snapshot.lengths()
-    done = scores.committed_records(snapshot)
     rank, count = jax.process_index(), jax.process_count()
     flushed = time.monotonic()
     batches = score_batches(prompt_r + response_r, scorer)[share[0] :: share[1]]
+    wanted = np.array([index for batch in batches for index in batch.indices], np.int64)
+
+    def there() -> np.ndarray:
+        return np.isin(wanted, list(scores.committed_records(snapshot)))
+
+    done = set(wanted[agreed(there, scores.path)].tolist())
     open_batches = [batch for batch in batches if not done.issuperset(batch.indices)]
     with scores.writer(snapshot, share[0] * count + rank) as writer:
         for batch, found in _scored(scorer, snapshot, open_batches):
@@ -61,11 +67,10 @@ def score_snapshot(
                 writer.flush()
                 raise Preempted("SIGTERM")
     barrier("scores written")
-    wanted = [index for batch in batches for index in batch.indices]
-    missing = set(wanted) - scores.committed_records(snapshot)
+    missing = len(wanted) - int(agreed(there, scores.path).sum())
     if missing:
         raise DataError(
-            f"the teacher pass lacks {len(missing)} of {len(wanted)} records; run the stage again"
+            f"the teacher pass lacks {missing} of {len(wanted)} records; run the stage again"
         )
 
 

@@ -24,6 +24,7 @@ from opd_jax.errors import DataError, Preempted
 from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.train import checkpoint
+from opd_jax.train.checkpoint import Saver
 from opd_jax.train.meter import Load, Meter
 from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
@@ -130,11 +131,7 @@ def run_training(
     run = _Run(job, log, source, past, watch, done)
     if not done:
         run.evaluate(0, functools.partial(model_of, state))
-    with (
-        Preemption() as notice,
-        closing(run.trace),
-        checkpoint.Saver(job.directory, job.keep) as saver,
-    ):
+    with Preemption() as notice, closing(run.trace), Saver(job.directory, job.keep) as saver:
         while not run.over(done):
             try:  # a draw of rollouts takes minutes; what is done of it can be given up
                 with notice.raised(done % source.stride == 0):
@@ -220,7 +217,7 @@ class _Run:
             self.watch.look(done, params())
             self.meter.pause()
 
-    def save(self, saver: checkpoint.Saver, done: int, state: TrainState) -> None:
+    def save(self, saver: Saver, done: int, state: TrainState) -> None:
         """Begin to save the state after so many steps."""
         self.flush()  # it stops at a step that is not finite, or counts it as skipped
         past = _Past(self.tokens, self.skipped, self.in_a_row)

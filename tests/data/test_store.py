@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupts import interrupt_commits
 
 from opd_jax.data.records import Record
 from opd_jax.data.store import create_store, open_store
@@ -210,6 +211,15 @@ def test_two_writers_of_one_process_index_do_not_collide(tmp_path):
         for index in range(6):
             (one if index % 2 else two).append(make_record(f"p{index}"))
     assert len(store.freeze()) == 6
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_commit_is_there_once(tmp_path, monkeypatch, moment):
+    store = create_store(tmp_path, META)
+    interrupt_commits(monkeypatch, moment)
+    with pytest.raises(KeyboardInterrupt):
+        write_all(store, [make_record(f"p{index}") for index in range(3)], flush_every=3)
+    assert len(store.freeze()) == 3
 
 
 @pytest.mark.parametrize(

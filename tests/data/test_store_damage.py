@@ -1,5 +1,6 @@
 """Damage is an error that names the file and the repair, never another number."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -37,6 +38,8 @@ KINDS = [
     "teacher/t/data/*/topk_rest/c/0",
     "teacher/t/data/*/entropy/c/0",
 ]
+# While shares are at work: training does not read them, `--verify` does.
+SHARES = ["shares.json", "teacher/t/shares.json"]
 
 
 def sound_scores(rng, length):
@@ -64,9 +67,11 @@ def sound(tmp_path_factory):
             if index == RECORDS // 2:
                 writer.flush()
     snapshot = store.freeze()
+    store.begin_shares(2)
     with store.create_pass("t", {"b": 2}).writer(snapshot) as writer:
         for index, length in enumerate(snapshot.lengths()[1]):
             writer.append(index, sound_scores(rng, int(length)))
+    store.settle_shares("t", 2)
     return root, snapshot.hash
 
 
@@ -96,7 +101,7 @@ def files_of(root, kind):
 
 def test_kinds_cover_every_file(sound):
     root, _ = sound
-    covered = {path for kind in KINDS for path in files_of(root, kind)}
+    covered = {path for kind in (*KINDS, *SHARES) for path in files_of(root, kind)}
     assert covered == {path for path in root.rglob("*") if path.is_file()}
     read_everything(*sound)
 
@@ -132,6 +137,24 @@ def test_every_flipped_bit_is_found(damaged, kind):
         assert_damage_found(root, snapshot_hash)
         flip_bit(path, bit)
     read_everything(root, snapshot_hash)
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_damage_to_what_shares_agree_on_is_reported(damaged, kind):
+    """Every flip and cut, by `--verify`; a share that starts refuses it too."""
+    root, _ = damaged
+    assert reported(root) == []
+    for path, harmed in damages(np.random.default_rng(2), root, kind):
+        raw = path.read_bytes()
+        path.write_bytes(harmed)
+        (problem,) = reported(root)
+        assert str(path) in problem
+        store = open_store(root)
+        to_pass = functools.partial(store.settle_shares, "t")
+        join = store.begin_shares if kind == SHARES[0] else to_pass
+        with pytest.raises(DataError, match=r"shares\.json"):
+            join(2)
+        path.write_bytes(raw)
 
 
 def epoch_of_batches(root, snapshot_hash):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import interrupt_commits
 
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store, open_store
@@ -64,6 +65,23 @@ def test_scores_come_back_whatever_order_they_were_made_in(order, k, flush_every
         for index, actual in zip(order, reopened.read_many(snapshot, order), strict=True):
             assert_same(actual, make_scores(index, LENGTHS[index], k))
         reopened.verify(snapshot)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_commit_is_there_once(tmp_path, monkeypatch, moment):
+    _, snapshot, scoring = scored_store(tmp_path)
+    interrupt_commits(monkeypatch, moment)
+
+    def score_all():
+        with scoring.writer(snapshot) as writer:
+            for index, length in enumerate(LENGTHS):
+                writer.append(index, make_scores(index, length, 5))
+            writer.flush()
+
+    with pytest.raises(KeyboardInterrupt):
+        score_all()
+    assert len(list(tmp_path.glob("teacher/t/commits/*"))) == 1
+    scoring.verify(snapshot)
 
 
 def test_many_shards_of_top_k_come_back(tmp_path):

@@ -539,6 +539,18 @@ def test_inspect_says_how_much_of_each_snapshot_a_pass_covers(root):
     assert facts.coverage == {second: (RECORDS, RECORDS + 1), first: (RECORDS, RECORDS)}
 
 
+def test_a_pass_that_was_put_aside_is_no_pass(root):
+    """--force score moves it away until there is a new one; it may be killed before that."""
+    (root / "teacher" / "big").rename(root / "teacher" / ".big.replaced")
+    assert inspect_store(StoreFiles(root)).passes == []
+    result = verify_store(StoreFiles(root))
+    assert result.passes == {}
+    assert result.found.problems == []
+    assert {note.split(": ")[1] for note in result.found.notes} == {
+        "is no part of the store; nothing here reads it"
+    }
+
+
 def test_inspect_warns_of_another_tokenizer(tmp_path, capsys):
     other = {**META, "generator": {**GENERATOR, "tokenizer": "5" * 64}}
     write(create_store(tmp_path, other), [make_record(0)])

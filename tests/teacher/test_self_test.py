@@ -30,7 +30,7 @@ def snapshot(tmp_path):
 def run_test(scorer, snapshot):
     """What the score stage does first."""
     batches = score_batches(sum(snapshot.lengths()), scorer)
-    return self_test(scorer, snapshot, batches[0])
+    return self_test(scorer, snapshot, batches)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,39 @@ def test_there_are_two_shapes_whatever_the_batch(snapshot, monkeypatch, batch_to
     monkeypatch.setattr(Scorer, "score", noted)
     run_test(Scorer(model, params, batch_tokens=batch_tokens), snapshot)
     assert seen[0] == seen[1] != seen[2]
+
+
+def test_the_longest_and_the_shortest_rows_are_tested(snapshot, monkeypatch):
+    scorer = Scorer(*tiny(), batch_tokens=256)
+    (batch, *_) = score_batches(sum(snapshot.lengths()), scorer)
+    right, seen = Scorer.score, []
+
+    def noted(self, packed, length, rows):
+        seen.append(length)
+        return right(self, packed, length, rows)
+
+    monkeypatch.setattr(Scorer, "score", noted)
+    more = [dataclasses.replace(batch, length=batch.length + n) for n in (16, 32)]
+    self_test(scorer, snapshot, [more[1], more[0], batch])
+    assert set(seen) == {batch.length + 32, batch.length}
+
+
+def test_one_token_is_enough_to_be_found(snapshot, monkeypatch):
+    """The mean hides it."""
+    scorer = Scorer(*tiny(), batch_tokens=256)
+    right = score.score_program
+
+    def program(*static):
+        def run(params, arrays):
+            out = right(*static)(params, arrays)
+            wrong = 0.105 * (len(arrays["input_bt"]) > 1)
+            return out._replace(logprob_bt=out.logprob_bt.at[0, 0].add(-wrong))
+
+        return run
+
+    monkeypatch.setattr(score, "score_program", program)
+    with pytest.raises(DataError, match=r"differ by 0\.00\d+ on average and 0\.1\d* at most"):
+        run_test(scorer, snapshot)
 
 
 def test_a_teacher_that_says_nothing(snapshot):
