@@ -141,8 +141,9 @@ class Scorer:
         logprob = np.minimum(logprob, 0.0)
         if not self.top_k:
             return Scores(logprob, entropy=entropy)
-        _check("top-k log-prob", out.logprob_btk[place], record, self.role)
-        top = np.minimum(out.logprob_btk[place], 0.0)
+        top = np.asarray(out.logprob_btk[place], np.float32)
+        _check("top-k log-prob", top, record, self.role)
+        top = np.minimum(top, 0.0)
         rest = 1.0 - np.sum(np.exp(top.astype(np.float64)), axis=-1)
         return Scores(
             logprob,
