@@ -1,0 +1,131 @@
+"""The whole quickstart on four devices: in one process, in two and in four.
+
+    python benchmarks/processes.py
+
+One after the other, each with the same seed and the same mesh; every device is a fake one on the
+cores of this machine. Compared with the one process: how many responses (answers and rollouts) have
+other tokens, the largest difference of their log-probs, of the teacher's scores and of the exported
+parameters; 0 is equality to the bit. Seconds are those of the stages: several processes on one
+machine only cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, report
+
+DEVICES = 4
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(run_dir, processes, words):
+    """The quickstart in so many processes, which have `DEVICES` devices together."""
+    flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    command = [
+        *(sys.executable, "-m", "opd_jax.main"),
+        *("--config", str(ROOT / "configs" / "quickstart.yaml"), f"run_dir={run_dir}", *words),
+    ]
+    join = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--rank")
+    started = [
+        subprocess.Popen(
+            command if processes == 1 else [*command, *join, str(rank)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=sys.stderr,
+        )
+        for rank in range(processes)
+    ]
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise SystemExit(f"a run in {processes} processes failed")
+
+
+def records_of(store):
+    """A snapshot of all, and its records by their keys."""
+    snapshot = store.freeze()
+    found = snapshot.read_many(range(len(snapshot)))
+    return snapshot, {(r.prompt_id, r.sample_index): r for r in found}
+
+
+def contents(run_dir):
+    """Responses with their log-probs, scores, exported parameters and seconds of a run."""
+    from safetensors.numpy import load_file
+
+    from opd_jax.data.store import open_store
+
+    stages = {p.stem: json.loads(p.read_text()) for p in (run_dir / "stages").glob("*.json")}
+    samples, scores = {}, {}
+    for folder in ("answers", "rollouts"):
+        store = open_store(run_dir / folder)
+        snapshot, found = records_of(store)
+        samples |= {(folder, *key): record for key, record in found.items()}
+        if folder == "rollouts":
+            scoring = store.open_pass(stages["score"]["outputs"]["pass"])
+            read = scoring.read_many(snapshot, range(len(snapshot)))
+            scores = dict(zip(snapshot.keys, (s.logprob for s in read), strict=True))
+    exports = sorted((run_dir / "export").glob("*/model.safetensors"))
+    params = {(p.parent.name, *item[:1]): item[1] for p in exports for item in load_file(p).items()}
+    return samples, scores, params, sum(stage["seconds"] for stage in stages.values())
+
+
+def largest(one, other):
+    """The largest difference of arrays with the same keys and shapes."""
+    assert one.keys() == other.keys()
+    same = [key for key in one if one[key].shape == other[key].shape]
+    return max(float(np.abs(one[key] - other[key]).max(initial=0)) for key in same)
+
+
+def compare(one, other):
+    """What differs between two runs' `contents`."""
+    (samples, scores, params, _), (samples2, scores2, params2, _) = one, other
+    assert samples.keys() == samples2.keys()
+    differing = sum(
+        samples[key].response_ids.tolist() != samples2[key].response_ids.tolist() for key in samples
+    )
+    logprobs = [{key: r.student_logprob for key, r in x.items()} for x in (samples, samples2)]
+    return {
+        "responses.differing": differing,
+        "logprob.difference": largest(*logprobs),
+        "score.difference": largest(scores, scores2),
+        "parameter.difference": largest(params, params2),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=Path, help="keep the run folders here")
+    parser.add_argument("words", nargs="*", help="settings of the config, as KEY=VALUE")
+    given = parser.parse_args()
+    figures, found = {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = given.keep or Path(scratch)
+        for processes in (1, 2, 4):
+            run(root / str(processes), processes, given.words)
+            found[processes] = contents(root / str(processes))
+    figures["seconds.1"] = found[1][3]
+    for processes in (2, 4):
+        differences = compare(found[1], found[processes])
+        figures |= {f"{key}.{processes}": value for key, value in differences.items()}
+        figures[f"seconds.{processes}"] = found[processes][3]
+    print(f"{len(found[1][0]):,} responses; against one process with {DEVICES} devices")
+    for key, value in figures.items():
+        print(f"  {key:28} {value:10.4g}")
+    report("processes", figures)
+
+
+if __name__ == "__main__":
+    main()
