@@ -123,12 +123,21 @@ ROWS = {
     "30B-A3B on v5p-32": step("v5p-32", "qwen3_30b_a3b", 16),
     ONLINE: ("h100:8", "qwen3_30b_a3b_online", "rollout,score,train", ()),
     **{
-        f"{what} on {shown}": (target, "qwen3_8b", stage, ("model.param_dtype=bfloat16", *more))
+        f"{what} on {shown}": (
+            target,
+            "qwen3_8b",
+            stage,
+            (*rows, "model.param_dtype=bfloat16", *more),
+        )
         for what, stage, more in (
             ("32B scoring", "score", ("score.batch_tokens={tokens}",)),
             ("8B decoding", "rollout", ("rollout.max_new_tokens=3072",)),
         )
-        for shown, target in (("8 x H100", "h100:8"), ("v5e-16", "v5e-16"))
+        for shown, target, rows in (
+            ("8 x H100", "h100:8", ()),
+            # A mesh has to suit the training that it is chosen with.
+            ("v5e-16", "v5e-16", ("train.runs.opd.micro_batch_size=16",)),
+        )
     },
     **{
         f"{target}.qwen3_8b": peer(target, "qwen3_8b", chips)
