@@ -73,7 +73,7 @@ class SamplingConfig(Frozen):
     """
 
     temperature: float = Field(default=1.0, ge=0)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, le=2**31 - 1)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_new_tokens: int = Field(default=4096, ge=1)

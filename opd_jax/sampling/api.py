@@ -48,7 +48,8 @@ _STREAM = _Shapes(round_steps=4, bucket=coarse_bucket_of, least_length=1024)
 class Settings(TypedDict, total=False):
     """What `SamplingConfig` holds, whose defaults and bounds they have.
 
-    Without `max_new_tokens`, a response has at most what room the model's positions leave.
+    Without `max_new_tokens`, a response has at most what room the model's positions leave after its
+    prompt, and at most 4,096 tokens or `min_new_tokens`.
     """
 
     temperature: float
@@ -132,9 +133,11 @@ class Sampler:
                 f"sampling: {len(names)} ids, {len(set(names))} different ones, for {len(given)} "
                 "prompts; give every prompt its own id"
             )
+        if not all(isinstance(name, str) for name in names):
+            raise DataError(f"sampling: ids={names!r:.60}; give every prompt a text as its id")
         encoded = [self._encode(*pair) for pair in zip(given, names, strict=True)]
-        wanted = [Request(x, j, e) for x, e in zip(names, encoded, strict=True) for j in range(n)]
-        job, plan = self._prepare(wanted, settings, seed, _BATCH)
+        asked = [Request(x, j, e) for x, e in zip(names, encoded, strict=True) for j in range(n)]
+        job, wanted, plan = self._prepare(asked, settings, seed, _BATCH)
         found = {_key(sample.request): sample for sample in generate(job, wanted, plan)}
         stops = job.sampling.stop
         return [with_shown_text(found[_key(r)], stops, self.tokenizer.decode) for r in wanted]
@@ -155,8 +158,8 @@ class Sampler:
         """
         request = Request(prompt_id, sample_index, self._encode(prompt, prompt_id))
         settings = {**settings, "slots": 1}
-        job, plan = self._prepare([request], settings, seed, _STREAM)
-        begin = functools.partial(rounds, job, [request], plan)
+        job, requests, plan = self._prepare([request], settings, seed, _STREAM)
+        begin = functools.partial(rounds, job, requests, plan)
         return TextStream(begin, self.tokenizer.decode, job.sampling.stop)
 
     @functools.cached_property
@@ -169,10 +172,14 @@ class Sampler:
         settings: Settings,
         seed: int,
         shapes: _Shapes,
-    ) -> tuple[SamplingJob, Plan]:
-        longest = max((len(r.prompt_ids) for r in requests), default=0)
-        positions = self.model.arch.max_position
-        sampling = _checked(settings, positions - longest)
+    ) -> tuple[SamplingJob, list[Request], Plan]:
+        """The job, the requests with their own limits where none is given, and the plan."""
+        positions, sampling = self.model.arch.max_position, _checked(settings)
+        if "max_new_tokens" not in settings:
+            requests = [_within(positions, sampling, request) for request in requests]
+        limits = [(r.sampling or sampling).max_new_tokens for r in requests]
+        totals = [len(r.prompt_ids) + limit for r, limit in zip(requests, limits, strict=True)]
+        longest = max(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         job = SamplingJob(
             self.model,
             self.params,
@@ -183,10 +190,10 @@ class Sampler:
             shapes.round_steps,
             bucket=shapes.bucket,
         )
-        length = shapes.bucket(max(longest + sampling.max_new_tokens, shapes.least_length))
-        room = min(length, positions) - sampling.max_new_tokens
+        length = shapes.bucket(max(*totals, shapes.least_length))
+        room = min(length, positions) - limits[longest]
         plan = plan_for(job, requests, longest_prompt=room)
-        return dataclasses.replace(job, split=self._split), plan
+        return dataclasses.replace(job, split=self._split), list(requests), plan
 
     def _encode(self, prompt: PromptLike, name: str) -> np.ndarray:
         """int32 token ids of a prompt."""
@@ -198,28 +205,36 @@ class Sampler:
             return np.array(self.tokenizer.encode_chat(parts), np.int32)
         if all(isinstance(part, int | np.integer) for part in parts):
             # What int32 does not hold is outside every vocabulary, and is refused as such.
-            return np.clip(np.array(parts, np.int64), -1, np.iinfo(np.int32).max).astype(np.int32)
+            most = np.iinfo(np.int32).max
+            return np.array([min(max(int(part), -1), most) for part in parts], np.int32)
         raise DataError(
             f"sampling: prompt '{name}' is {prompt!r:.60}; give a text, a list of token ids, or a "
             "list of messages with 'role' and 'content'"
         )
 
 
-def _checked(settings: Settings, room: int) -> SamplingConfig:
-    """The settings with defaults; without a limit of their own, one that fits the room."""
+def _checked(settings: Settings) -> SamplingConfig:
+    """The settings with defaults."""
     values: dict[str, Any] = dict(settings)
     if "samples_per_prompt" in values:
         raise ConfigError("sampling: unknown key 'samples_per_prompt'; give n")
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
+    least, most = values.get("min_new_tokens", 0), SamplingConfig().max_new_tokens
+    if type(least) is int and least > most:
+        values.setdefault("max_new_tokens", least)
     try:
-        sampling = SamplingConfig.model_validate(values)
+        return SamplingConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(describe(error, "sampling", {}, SamplingConfig)) from None
-    if "max_new_tokens" in values:
-        return sampling
+
+
+def _within(positions: int, sampling: SamplingConfig, request: Request) -> Request:
+    """With a limit that fits what its own prompt leaves: others must not cut it."""
+    room = positions - len(request.prompt_ids)
     most = max(min(sampling.max_new_tokens, room), sampling.min_new_tokens, 1)
-    return sampling.model_copy(update={"max_new_tokens": most})
+    own = sampling.model_copy(update={"max_new_tokens": most})
+    return dataclasses.replace(request, sampling=own)
 
 
 def _key(request: Request) -> tuple[str, int]:

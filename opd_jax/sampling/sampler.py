@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from opd_jax.config import SamplingConfig
 from opd_jax.core.mesh import axis_size, platform_of, put_batch
 from opd_jax.errors import ConfigError, DataError
-from opd_jax.model.architecture import Architecture
 from opd_jax.model.cache import Pages
 from opd_jax.model.decode import split_layers
 from opd_jax.model.transformer import LanguageModel, Params
@@ -99,9 +98,9 @@ def plan_for(job: SamplingJob, requests: Sequence[Request], longest_prompt: int 
         ConfigError: an end token outside the vocabulary, stop strings without a tokenizer, or too
             little memory.
     """
-    arch, mesh = job.model.arch, job.model.mesh
+    mesh = job.model.mesh
     settings = [job.sampling if r.sampling is None else r.sampling for r in requests]
-    _check(arch, job, requests, settings)
+    _check(job, requests, settings)
     limits = [s.max_new_tokens for s in settings]
     prompts = [len(r.prompt_ids) for r in requests]
     longest = max(prompts)
@@ -266,15 +265,13 @@ def _put_tree(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def _check(
-    arch: Architecture,
-    job: SamplingJob,
-    requests: Sequence[Request],
-    settings: Sequence[SamplingConfig],
+    job: SamplingJob, requests: Sequence[Request], settings: Sequence[SamplingConfig]
 ) -> None:
     for end_id in job.end_ids:
-        if not 0 <= end_id < arch.vocab_size:
+        if not 0 <= end_id < job.model.vocabulary:
             raise ConfigError(
-                f"sampling: end token {end_id} is outside the vocabulary of {arch.vocab_size}; "
+                f"sampling: end token {end_id} is outside the vocabulary of "
+                f"{job.model.vocabulary}; "
                 "use the tokenizer that belongs to the model"
             )
     if job.text is None and (stops := next((s.stop for s in settings if s.stop), None)):
@@ -283,21 +280,21 @@ def _check(
             "end tokens"
         )
     for request, sampling in zip(requests, settings, strict=True):
-        _check_prompt(arch, request, sampling.max_new_tokens)
+        _check_prompt(job.model, request, sampling.max_new_tokens)
 
 
-def _check_prompt(arch: Architecture, request: Request, new: int) -> None:
+def _check_prompt(model: LanguageModel, request: Request, new: int) -> None:
     ids, name = np.asarray(request.prompt_ids), f"sampling: prompt '{request.prompt_id}'"
     if ids.size == 0:
         raise DataError(f"{name} is empty; give it at least one token")
-    if ids.size + new > arch.max_position:
+    if ids.size + new > model.arch.max_position:
         raise DataError(
             f"{name}: {ids.size} prompt tokens + max_new_tokens={new} exceed the model's "
-            f"{arch.max_position} positions; shorten the prompt or lower max_new_tokens"
+            f"{model.arch.max_position} positions; shorten the prompt or lower max_new_tokens"
         )
-    if ids.min() < 0 or ids.max() >= arch.vocab_size:
-        bad = int(ids[(ids < 0) | (ids >= arch.vocab_size)][0])
+    if ids.min() < 0 or ids.max() >= model.vocabulary:
+        bad = int(ids[(ids < 0) | (ids >= model.vocabulary)][0])
         raise DataError(
-            f"{name}: token {bad} is outside the vocabulary of {arch.vocab_size}; "
+            f"{name}: token {bad} is outside the vocabulary of {model.vocabulary}; "
             "use the tokenizer that belongs to the model"
         )

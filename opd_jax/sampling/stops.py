@@ -15,7 +15,8 @@ def stop_length(
 ) -> int | None:
     """How many tokens a response has when the first of its stop strings is complete.
 
-    A token is never cut: the response ends with the one that completes the stop string.
+    A token is never cut: the response ends with the one that completes the stop string. One that
+    is complete before the response has `least` tokens is text like any other.
 
     Args:
         seen: this many tokens have been looked at before.
@@ -26,23 +27,14 @@ def stop_length(
     """
     if not stops:
         return None
-    window = _window(stops)
-    for n in range(max(seen, 0) + 1, len(tokens) + 1):
-        if n >= least:
-            tail = text(tokens[max(0, n - window) : n])
-            if any(stop in tail for stop in stops):
-                return n
-    return None
+    unseen = range(max(seen, 0) + 1, len(tokens) + 1)
+    return next((n for n in unseen if n >= least and _completed(tokens[:n], stops, text)), None)
 
 
 def shown_text(tokens: Sequence[int], stops: Sequence[str], text: Text) -> str:
     """Text of a finished response, without the stop string that ended it and what comes after."""
     whole = text(tokens)
-    if not stops:
-        return whole
-    tail = text(tokens[-_window(stops) :])
-    found = [tail.index(stop) for stop in stops if stop in tail]
-    return whole[: len(whole) - (len(tail) - min(found))] if found else whole
+    return whole[: len(whole) - _completed(tokens, stops, text)] if stops else whole
 
 
 def settled_text(tokens: Sequence[int], stops: Sequence[str], text: Text) -> str:
@@ -54,14 +46,20 @@ def settled_text(tokens: Sequence[int], stops: Sequence[str], text: Text) -> str
     if not stops:
         return whole
     tail = text(tokens[-_window(stops) :]).rstrip(UNFINISHED)
-    held = max(_held(tail, stop) for stop in stops)
-    return whole[: len(whole) - held]
+    begun = max(_begun(tail, stop) for stop in stops)
+    return whole[: len(whole) - max(begun, _completed(tokens, stops, text))]
 
 
-def _held(tail: str, stop: str) -> int:
-    """Characters at the end of `tail` that are a stop string and what follows it, or begin one."""
-    if stop in tail:
-        return len(tail) - tail.index(stop)
+def _completed(tokens: Sequence[int], stops: Sequence[str], text: Text) -> int:
+    """Characters from the first stop string that the last token completes to the end; 0: none."""
+    last = tokens[-_window(stops) :]
+    tail, before = text(last), text(last[:-1]).rstrip(UNFINISHED)
+    starts = [tail.find(stop, max(len(before) - len(stop) + 1, 0)) for stop in stops]
+    return max((len(tail) - start for start in starts if start >= 0), default=0)
+
+
+def _begun(tail: str, stop: str) -> int:
+    """Characters at the end of `tail` that begin a stop string."""
     return next((n for n in range(len(stop) - 1, 0, -1) if tail.endswith(stop[:n])), 0)
 
 

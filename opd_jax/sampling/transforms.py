@@ -181,7 +181,8 @@ def _top_p_threshold(
         kept_bv = jnp.where(scaled_bv >= least_b1, mass_bv, 0.0)
         return jnp.sum(kept_bv, axis=-1, keepdims=True) >= wanted_b1
 
-    found_b1 = jnp.maximum(_largest(enough, p_b1.shape), floor_b1)
+    # The likeliest stays even where `p` is too small for float32, and no mass at all is wanted.
+    found_b1 = jnp.clip(_largest(enough, p_b1.shape), floor_b1, top_b1)
     return jnp.where(p_b1 < 1, found_b1, floor_b1)
 
 

@@ -91,6 +91,14 @@ def test_without_a_limit_a_response_may_fill_the_positions(sampler):
     assert len(stream.token_ids) == 8
 
 
+def test_without_a_limit_a_long_prompt_beside_it_does_not_cut_a_response(sampler):
+    (alone,) = sampler.sample([[5] * 1990])
+    assert len(alone.token_ids) > 8
+    short, long = sampler.sample([[5] * 1990, [5] * 2040])
+    assert short.token_ids.tolist() == alone.token_ids.tolist()
+    assert len(long.token_ids) <= 8
+
+
 @pytest.mark.parametrize("bend", [{}, {"temperature": 0}, {"min_new_tokens": 9}])
 def test_a_stream_is_the_text_of_its_sample(sampler, bend):
     bend = {"max_new_tokens": 30, **bend}
@@ -201,6 +209,7 @@ def test_a_growing_chat_compiles_few_programs(sampler):
         ({"temperature": -1}, ConfigError, "temperature: must be greater than .* 0, but is -1"),
         ({"top_p": 0}, ConfigError, "top_p: must be greater than 0, but is 0"),
         ({"top_p": 1.5}, ConfigError, "top_p: must be less than or equal to 1, but is 1.5"),
+        ({"top_k": 2**40}, ConfigError, "top_k: must be less than or equal to 2147483647"),
         ({"top_k": 2.5}, ConfigError, "top_k: must be a whole number, but is 2.5"),
         ({"stop": ""}, ConfigError, r"stop\[0\]: must not be empty"),
         ({"temprature": 1}, ConfigError, "unknown key 'temprature'; did you mean 'temperature'?"),
@@ -216,11 +225,13 @@ def test_a_growing_chat_compiles_few_programs(sampler):
         ({"prompts": [[]]}, DataError, "prompt '0' is empty"),
         ({"prompts": ["a", [1, 280]]}, DataError, "prompt '1': token 280 is outside"),
         ({"prompts": [[2**40]]}, DataError, "prompt '0': token .* is outside the vocabulary"),
+        ({"prompts": [[2**70]]}, DataError, "prompt '0': token .* is outside the vocabulary"),
         ({"prompts": [[1, "a"]]}, DataError, r"prompt '0' is \[1, 'a'\]; give a text, a list of"),
         ({"prompts": [[{"role": "user"}]]}, DataError, "messages with 'role' and 'content'"),
         ({"prompts": [None]}, DataError, "prompt '0' is None; give a text"),
         ({"prompts": [[5] * 2049]}, DataError, "2049 prompt tokens .* exceed the model's 2048"),
         ({"prompts": [[5] * 2000], "max_new_tokens": 49}, DataError, "exceed the model's 2048"),
+        ({"ids": [0]}, DataError, r"ids=\[0\]; give every prompt a text as its id"),
         ({"ids": ["a", "b"]}, DataError, "2 ids, 2 different ones, for 1 prompts"),
         ({"ids": ["a", "a"], "prompts": ["x", "y"]}, DataError, "2 ids, 1 different ones"),
     ],

@@ -8,6 +8,7 @@ from opd_jax.config import MeshConfig, SamplingConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import SamplingJob, generate
+from opd_jax.sampling.transforms import DIRECT
 from tests.sampling.reference import (
     forced_logits,
     gumbel_of,
@@ -116,6 +117,20 @@ def test_a_mesh_gives_the_samples_of_one_device(family, sizes):
     model, spread = (tiny_model(family, mesh) for mesh in (None, make_mesh(MeshConfig(**sizes))))
     params, requests = random_params(model), requests_of(28, prompts=7, samples=3)
     wanted = run(model, params, requests, slots=4, new=20)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract())
+    assert_same(run(spread, jax.device_put(params, shardings), requests, 8, new=20), wanted)
+
+
+@pytest.mark.slow
+def test_draws_by_blocks_are_the_same_in_any_slots_and_on_a_mesh():
+    """The vocabulary is larger than what one draw decides, and blocks do not divide it."""
+    sizes = {"vocab_size": DIRECT + 76}
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    model, spread = tiny_model("qwen3", **sizes), tiny_model("qwen3", mesh, **sizes)
+    params, requests = random_params(model), requests_of(DIRECT + 76, prompts=7, samples=3)
+    wanted = run(model, params, requests, slots=4, new=20)
+    assert len({token for s in wanted.values() for token in s.token_ids.tolist()}) > 100
+    assert_same(run(model, params, requests[::-1], slots=16, new=20, round_steps=7), wanted)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract())
     assert_same(run(spread, jax.device_put(params, shardings), requests, 8, new=20), wanted)
 

@@ -12,7 +12,7 @@ from opd_jax.sampling import plan
 from opd_jax.sampling.buckets import Prefills
 from opd_jax.sampling.queue import Request, RequestQueue
 from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
-from opd_jax.sampling.stops import stop_length
+from opd_jax.sampling.stops import settled_text, shown_text, stop_length
 from tests.sampling.reference import (
     bent_probs,
     forced_logits,
@@ -125,7 +125,21 @@ def test_stop_length_does_not_depend_on_when_it_looks():
     for seen in range(2):
         assert stop_length(tokens, seen, ("bc", "e"), 0, letters) == 3
     assert stop_length(tokens[:2], 0, ("bc",), 0, letters) is None
-    assert stop_length(tokens, 0, ("ab",), 4, letters) == 4
+
+
+def test_a_stop_string_that_is_complete_too_early_is_text_like_any_other():
+    """Wherever it lies: only what the last token completes ends a response, and is not shown."""
+    tokens, stops = [0, 1, 2, 0, 1, 4], ("ab",)
+    assert stop_length(tokens, 0, stops, 2, letters) == 2
+    for least in (3, 4, 5):
+        assert stop_length(tokens, 0, stops, least, letters) == 5
+    assert stop_length(tokens, 0, stops, 6, letters) is None
+    assert shown_text(tokens[:2], stops, letters) == ""
+    assert shown_text(tokens[:5], stops, letters) == "abc"
+    assert shown_text(tokens, stops, letters) == "abcabe"
+    assert settled_text(tokens[:3], stops, letters) == "abc"
+    assert settled_text(tokens[:4], stops, letters) == "abc"  # an "a" may begin one
+    assert settled_text(tokens[:5], stops, letters) == "abc"
 
 
 def test_stop_strings_need_a_tokenizer(model_and_params):

@@ -101,6 +101,12 @@ def test_bend_is_the_definition(tenths_v, temperature, top_k, top_p, min_p):
     np.testing.assert_allclose(np.asarray(jax.nn.softmax(bent)), wanted_v, atol=2e-5)
 
 
+@pytest.mark.parametrize("top_p", [1e-45, 1e-50, 1e-20])
+def test_the_likeliest_token_stays_however_small_top_p_is(top_p):
+    bent = np.asarray(bent_rows(LOGITS[None], SamplingConfig(top_p=top_p)))[0]
+    assert np.flatnonzero(np.isfinite(bent)).tolist() == [LOGITS.argmax()]
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
 def test_extreme_temperatures_stay_finite(temperature):
     bent = np.asarray(bent_rows(LOGITS[None], SamplingConfig(temperature=temperature)))[0]
