@@ -127,7 +127,7 @@ class Sampler:
             raise ConfigError(f"sampling: n={n!r}; ask for at least 1 sample of a prompt")
         if not given:
             return []
-        names = [str(i) for i in range(len(given))] if ids is None else list(ids)
+        names: list[Any] = [str(i) for i in range(len(given))] if ids is None else list(ids)
         if len(set(names)) != len(given) or len(names) != len(given):
             raise DataError(
                 f"sampling: {len(names)} ids, {len(set(names))} different ones, for {len(given)} "
@@ -188,7 +188,8 @@ class Sampler:
             seed,
             self.tokenizer.decode,
             shapes.round_steps,
-            bucket=shapes.bucket,
+            self.__dict__.get("_split"),  # there from the second call on
+            shapes.bucket,
         )
         length = shapes.bucket(max(*totals, shapes.least_length))
         room = min(length, positions) - limits[longest]

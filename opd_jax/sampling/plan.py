@@ -23,6 +23,7 @@ from opd_jax.model.transformer import LanguageModel
 
 SHORTEST_PAGE = {True: 128, False: 256}  # on CPUs and elsewhere, if the longest sample is longer
 MOST_LEVELS = 8  # pages of the longest sample
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,35 @@ def _share_beyond(
     return min(can, math.sqrt(will))
 
 
-def check_memory(plan: CachePlan, model: LanguageModel) -> None:
-    """Raises ConfigError, with the arithmetic, if the slots do not fit the free memory."""
+def check_memory(plan: CachePlan, model: LanguageModel, *, copies: bool = True) -> None:
+    """Raises ConfigError, with the arithmetic, if the slots do not fit the free memory.
+
+    Args:
+        copies: the weights in the order of decoding, a second copy, are still to be made.
+    """
     mesh = model.mesh
-    ways = 1
+    ways = whole = 1
     if mesh is not None and platform_of(mesh) != "cpu":
         kv_ways = axis_size(mesh, "kv_heads")
-        ways = plan.pages.shards * kv_ways
-    need, free = plan.total_bytes / ways, free_bytes(mesh)
-    if free is not None and need > free:
-        where = f", {_size(need)} a device" if ways > 1 else ""
+        ways, whole = plan.pages.shards * kv_ways, mesh.size
+    free = free_bytes(mesh)
+    if free is None:
+        return
+    cache, logits = plan.total_bytes / ways, 4 * plan.pages.rows * model.arch.vocab_size / ways
+    weights = _weight_bytes(model) / whole if copies else 0
+    if cache + logits + weights > free:
+        where = f", {_size(cache)} a device" if ways > 1 else ""
+        copy = f", {_size(weights)} for weights in the order of decoding" if copies else ""
         raise ConfigError(
-            f"sampling: {plan}{where}, but {_size(free)} are free; lower slots or max_new_tokens"
+            f"sampling: {plan}{where}, {_size(logits)} of logits{copy}, but {_size(free)} are free;"
+            " lower slots or max_new_tokens, or use more devices"
         )
+
+
+def _weight_bytes(model: LanguageModel) -> int:
+    """Of all parameters in the compute dtype."""
+    leaves = jax.tree.leaves(model.abstract(model.compute_dtype))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
 def free_bytes(mesh: Mesh | None) -> float | None:
@@ -123,7 +140,22 @@ def _host_bytes() -> float | None:
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in text.splitlines())
-    return float(fields["MemAvailable"].split()[0]) * 1024
+    free = float(fields["MemAvailable"].split()[0]) * 1024
+    return min(free, container_bytes(CGROUP))
+
+
+def container_bytes(folder: Path) -> float:
+    """What a container's limit (control group, version 2) leaves; infinite where there is none."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = float((folder / "memory.current").read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    if limit == "max":
+        return math.inf
+    # Files that were read lie there until the memory is asked for.
+    return float(limit) - used + float(dict(map(str.split, lines)).get("inactive_file", 0))
 
 
 def _size(count: float) -> str:

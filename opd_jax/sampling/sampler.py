@@ -107,7 +107,7 @@ def plan_for(job: SamplingJob, requests: Sequence[Request], longest_prompt: int 
     prompts = [max(n, longest_prompt) if n == longest else n for n in prompts]
     leasts = [s.min_new_tokens for s in settings]
     cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits)
-    check_memory(cache, job.model)
+    check_memory(cache, job.model, copies=job.split is None)
     pages = cache.pages
     rows = max(pages.rows // 16 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))

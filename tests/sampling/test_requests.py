@@ -1,7 +1,9 @@
 """What a request can ask for: settings of its own, stop strings, least lengths, several samples."""
 
 import dataclasses
+import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -216,10 +218,33 @@ def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params,
     job = SamplingJob(model, params, SamplingConfig(max_new_tokens=4, slots=2), END, 0)
     wanted = (
         r"2 slots, 2 pages of 16 tokens x 256 bytes a token = 8.0 KiB of keys and values, "
-        r"4.0 KiB a slot, but 1,000 bytes are free; lower slots or max_new_tokens"
+        r"4.0 KiB a slot, 224 bytes of logits, \d.* KiB for weights in the order of decoding, "
+        r"but 1,000 bytes are free; lower slots or max_new_tokens"
     )
     with pytest.raises(ConfigError, match=wanted):
         generate(job, requests_of(2, 1))
+
+
+def test_the_copy_of_the_weights_needs_memory_once(model_and_params, monkeypatch):
+    model, params = model_and_params
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    sampling = SamplingConfig(max_new_tokens=4, slots=2)
+    job = SamplingJob(model, params, sampling, END, 0)
+    monkeypatch.setattr(plan, "free_bytes", lambda mesh: 8192 + 224 + weights)
+    plan_for(job, requests_of(2, 1))
+    monkeypatch.setattr(plan, "free_bytes", lambda mesh: 8192 + 224 + weights - 1)
+    with pytest.raises(ConfigError, match="weights in the order of decoding"):
+        plan_for(job, requests_of(2, 1))
+    plan_for(dataclasses.replace(job, split=params), requests_of(2, 1))
+
+
+def test_a_containers_limit_is_the_memory_there_is(tmp_path):
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    for limit, left in (("max", math.inf), ("1000", 450.0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert plan.container_bytes(tmp_path) == left
+    assert plan.container_bytes(tmp_path / "none") == math.inf
 
 
 @pytest.mark.exact
