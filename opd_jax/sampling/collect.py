@@ -16,7 +16,7 @@ from opd_jax.data.records import Record
 from opd_jax.data.store import Store
 from opd_jax.errors import Preempted
 from opd_jax.sampling.queue import Request
-from opd_jax.sampling.sampler import Plan, SamplingJob, generate
+from opd_jax.sampling.sampler import Plan, SamplingJob, rounds
 from opd_jax.sampling.slots import Sample
 
 
@@ -92,11 +92,13 @@ def collect(
     owner = {(r.prompt_id, r.sample_index): i % count for i, r in enumerate(work.requests)}
     flushed = time.monotonic()
     with store.writer(process_index=work.share[0] * count + rank) as writer:
-        for sample in generate(job, pending, work.plan):
-            key = (sample.request.prompt_id, sample.request.sample_index)
-            if owner[key] == rank:
-                writer.append(to_record(sample))
-            on_sample(sample)
+        for finished in rounds(job, pending, work.plan):
+            for sample in finished:
+                key = (sample.request.prompt_id, sample.request.sample_index)
+                if owner[key] == rank:
+                    writer.append(to_record(sample))
+                on_sample(sample)
+            # Also after a round in which nothing ended: the last responses may be long.
             if time.monotonic() - flushed > flush_seconds:
                 writer.flush()
                 flushed = time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 
 from opd_jax.config import SamplingConfig
 from opd_jax.data.store import create_store
-from opd_jax.errors import ModelError
+from opd_jax.errors import ModelError, Preempted
 from opd_jax.sampling.collect import Work, collect, requests_for, share_of
 from opd_jax.sampling.sampler import SamplingJob, plan_for
 from tests.sampling.reference import random_params, tiny_model
@@ -41,6 +41,26 @@ def test_a_broken_checkpoint_stops_the_run_and_keeps_what_was_finished(tmp_path)
     assert store.committed_keys() == finished
     records = store.freeze().read_many(range(7))
     assert sorted(len(r.response_ids) for r in records) == [1, 1, 1, 6, 6, 6, 6]
+
+
+def test_a_long_response_keeps_neither_the_clock_nor_sigterm_waiting(tmp_path, monkeypatch):
+    """Both are looked at after every round, not when a response ends."""
+    model = tiny_model()
+    long, short = (SamplingConfig(max_new_tokens=n, min_new_tokens=n) for n in (40, 1))
+    (first, last) = requests_for([("p", [1] * 5)], samples=2)
+    requests = [dataclasses.replace(x, sampling=s) for x, s in ((first, short), (last, long))]
+    sampling = SamplingConfig(max_new_tokens=40, slots=2)
+    job = SamplingJob(model, random_params(model), sampling, (), 7, round_steps=4)
+    store, kept = create_store(tmp_path, {}), []
+
+    def told():
+        kept.append(len(store.committed_keys()))
+        return len(kept) == 5
+
+    monkeypatch.setattr("opd_jax.sampling.collect.told", told)
+    with pytest.raises(Preempted):
+        collect(job, store, Work(requests, plan_for(job, requests)), lambda _: None, 0.0)
+    assert kept == [1] * 5
 
 
 def test_shares_are_all_requests_once_and_a_prompt_s_samples_together():
