@@ -106,6 +106,7 @@ class Sampler:
         *,
         seed: int = 0,
         ids: Sequence[str] | None = None,
+        each: Sequence[Settings] | None = None,
         **settings: Unpack[Settings],
     ) -> list[Sample]:
         """`n` responses to every prompt, those of the first prompt first.
@@ -115,6 +116,7 @@ class Sampler:
 
         Args:
             ids: of the prompts; `None`: "0", "1", ...
+            each: for every prompt, settings that replace the others for it: all but `slots`.
 
         Raises:
             DataError: a prompt that is none, or too long for the model.
@@ -135,12 +137,15 @@ class Sampler:
             )
         if not all(isinstance(name, str) for name in names):
             raise DataError(f"sampling: ids={names!r:.60}; give every prompt a text as its id")
-        encoded = [self._encode(*pair) for pair in zip(given, names, strict=True)]
-        asked = [Request(x, j, e) for x, e in zip(names, encoded, strict=True) for j in range(n)]
-        job, wanted, plan = self._prepare(asked, settings, seed, _BATCH)
-        found = {_key(sample.request): sample for sample in generate(job, wanted, plan)}
-        stops = job.sampling.stop
-        return [with_shown_text(found[_key(r)], stops, self.tokenizer.decode) for r in wanted]
+        own = _for_each(settings, each, len(given))
+        asked = [
+            self._request(Request(name, j, ids_p), more)
+            for name, ids_p, more in zip(names, map(self._encode, given, names), own, strict=True)
+            for j in range(n)
+        ]
+        job, plan = self._prepare(asked, settings, seed, _BATCH)
+        found = {_key(sample.request): sample for sample in generate(job, asked, plan)}
+        return [self._shown(found[_key(request)]) for request in asked]
 
     def stream(
         self,
@@ -156,9 +161,10 @@ class Sampler:
         Raises:
             DataError, ConfigError: as `sample`, before anything is drawn.
         """
-        request = Request(prompt_id, sample_index, self._encode(prompt, prompt_id))
         settings = {**settings, "slots": 1}
-        job, requests, plan = self._prepare([request], settings, seed, _STREAM)
+        asked = Request(prompt_id, sample_index, self._encode(prompt, prompt_id))
+        requests = [self._request(asked, settings)]
+        job, plan = self._prepare(requests, settings, seed, _STREAM)
         begin = functools.partial(rounds, job, requests, plan)
         return TextStream(begin, self.tokenizer.decode, job.sampling.stop)
 
@@ -172,11 +178,8 @@ class Sampler:
         settings: Settings,
         seed: int,
         shapes: _Shapes,
-    ) -> tuple[SamplingJob, list[Request], Plan]:
-        """The job, the requests with their own limits where none is given, and the plan."""
+    ) -> tuple[SamplingJob, Plan]:
         positions, sampling = self.model.arch.max_position, _checked(settings)
-        if "max_new_tokens" not in settings:
-            requests = [_within(positions, sampling, request) for request in requests]
         limits = [(r.sampling or sampling).max_new_tokens for r in requests]
         totals = [len(r.prompt_ids) + limit for r, limit in zip(requests, limits, strict=True)]
         longest = max(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
@@ -194,7 +197,21 @@ class Sampler:
         length = shapes.bucket(max(*totals, shapes.least_length))
         room = min(length, positions) - limits[longest]
         plan = plan_for(job, requests, longest_prompt=room)
-        return dataclasses.replace(job, split=self._split), list(requests), plan
+        return dataclasses.replace(job, split=self._split), plan
+
+    def _request(self, request: Request, settings: Settings) -> Request:
+        """With its settings; without a limit, one that fits what its own prompt leaves."""
+        sampling = _checked(settings)
+        if "max_new_tokens" not in settings:
+            room = self.model.arch.max_position - len(request.prompt_ids)
+            most = max(min(sampling.max_new_tokens, room), sampling.min_new_tokens, 1)
+            sampling = sampling.model_copy(update={"max_new_tokens": most})
+        return dataclasses.replace(request, sampling=sampling)
+
+    def _shown(self, sample: Sample) -> Sample:
+        sampling = sample.request.sampling
+        stops = () if sampling is None else sampling.stop
+        return with_shown_text(sample, stops, self.tokenizer.decode)
 
     def _encode(self, prompt: PromptLike, name: str) -> np.ndarray:
         """int32 token ids of a prompt."""
@@ -230,12 +247,22 @@ def _checked(settings: Settings) -> SamplingConfig:
         raise ConfigError(describe(error, "sampling", {}, SamplingConfig)) from None
 
 
-def _within(positions: int, sampling: SamplingConfig, request: Request) -> Request:
-    """With a limit that fits what its own prompt leaves: others must not cut it."""
-    room = positions - len(request.prompt_ids)
-    most = max(min(sampling.max_new_tokens, room), sampling.min_new_tokens, 1)
-    own = sampling.model_copy(update={"max_new_tokens": most})
-    return dataclasses.replace(request, sampling=own)
+def _for_each(settings: Settings, each: Sequence[Settings] | None, prompts: int) -> list[Settings]:
+    """The settings of every prompt.
+
+    Raises:
+        ConfigError: there are more or fewer than prompts, or one has slots of its own.
+    """
+    if each is None:
+        return [settings] * prompts
+    if len(each) != prompts:
+        raise ConfigError(
+            f"sampling: each has settings for {len(each)} prompts, there are {prompts}; give {{}} "
+            "for a prompt without its own"
+        )
+    if any("slots" in more for more in each):
+        raise ConfigError("sampling: each: slots are shared; give them once, beside each")
+    return [{**settings, **more} for more in each]
 
 
 def _key(request: Request) -> tuple[str, int]:

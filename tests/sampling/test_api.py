@@ -99,6 +99,18 @@ def test_without_a_limit_a_long_prompt_beside_it_does_not_cut_a_response(sampler
     assert len(long.token_ids) <= 8
 
 
+def test_prompts_have_settings_of_their_own(sampler):
+    each = [{}, {"max_new_tokens": 3}, {"temperature": 0.0, "stop": "never said"}]
+    prompts, shared = ["one", "two", "three"], {"max_new_tokens": 9, "min_new_tokens": 2}
+    together = sampler.sample(prompts, 2, each=each, slots=3, **shared)
+    for i, (prompt, more) in enumerate(zip(prompts, each, strict=True)):
+        alone = sampler.sample([prompt], 2, ids=[str(i)], **{**shared, **more})
+        for a, b in zip(together[2 * i : 2 * i + 2], alone, strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            assert a.text == b.text
+    assert together[4].token_ids.tolist() == together[5].token_ids.tolist()
+
+
 @pytest.mark.parametrize("bend", [{}, {"temperature": 0}, {"min_new_tokens": 9}])
 def test_a_stream_is_the_text_of_its_sample(sampler, bend):
     bend = {"max_new_tokens": 30, **bend}
@@ -231,6 +243,9 @@ def test_a_growing_chat_compiles_few_programs(sampler):
         ({"prompts": [None]}, DataError, "prompt '0' is None; give a text"),
         ({"prompts": [[5] * 2049]}, DataError, "2049 prompt tokens .* exceed the model's 2048"),
         ({"prompts": [[5] * 2000], "max_new_tokens": 49}, DataError, "exceed the model's 2048"),
+        ({"each": []}, ConfigError, "each has settings for 0 prompts, there are 1; give {}"),
+        ({"each": [{"slots": 2}]}, ConfigError, "each: slots are shared"),
+        ({"each": [{"top_p": 2}]}, ConfigError, "top_p: must be less than or equal to 1"),
         ({"ids": [0]}, DataError, r"ids=\[0\]; give every prompt a text as its id"),
         ({"ids": ["a", "b"]}, DataError, "2 ids, 2 different ones, for 1 prompts"),
         ({"ids": ["a", "a"], "prompts": ["x", "y"]}, DataError, "2 ids, 1 different ones"),
