@@ -196,7 +196,7 @@ class StoreWriter(SegmentWriter[Record]):
 
     def _write(self, name: str, rows: list[Record]) -> None:
         ragged = [(field, [getattr(r, field.name) for r in rows]) for field in FIELDS]
-        write_segment(self._files, "", name, ragged, record_columns(rows), {})
+        write_segment(self._files, "", name, ragged, lambda: record_columns(rows), {})
 
 
 def _checked(record: Record) -> Record:

@@ -117,9 +117,12 @@ def lay_out(
 ) -> np.ndarray:
     """The flat array with every record at its start and the fill value between."""
     tail = rows[0].shape[1:] if len(rows) else ()
-    flat = np.full((length, *tail), float(field.fill), field.dtype)
-    for row, start in zip(rows, starts, strict=True):
-        flat[start : start + len(row)] = row
+    flat, fill, end = np.empty((length, *tail), field.dtype), float(field.fill), 0
+    for row, start in zip(rows, starts, strict=True):  # in the order of the starts
+        flat[end:start] = fill
+        end = start + len(row)
+        flat[start:end] = row
+    flat[end:] = fill
     return flat
 
 

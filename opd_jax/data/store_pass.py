@@ -255,7 +255,7 @@ class PassWriter(SegmentWriter[tuple[int, Scores]]):
         extra = {"scored_segments": [[segment.name, segment.digest] for segment in scored]}
         held_fields = [field for field in FIELDS if field.name in arrays[0]]
         ragged = [(field, [row[field.name] for row in arrays]) for field in held_fields]
-        write_segment(self._files, self._base, name, ragged, columns, extra)
+        write_segment(self._files, self._base, name, ragged, lambda: columns, extra)
 
 
 def _arrays(scores: Scores) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,17 +48,23 @@ def next_segment_name(files: StoreFiles, base: str, process_index: int) -> str:
 
 
 def write_segment(
-    files: StoreFiles, base: str, name: str, ragged: Ragged, columns: Columns, extra: dict[str, Any]
+    files: StoreFiles,
+    base: str,
+    name: str,
+    ragged: Ragged,
+    more: Callable[[], Columns],
+    extra: dict[str, Any],
 ) -> str:
     """Writes arrays, then columns, then the commit; returns the commit's digest.
 
     Args:
         ragged: a field and its rows, one per record; fields of one axis have rows of equal lengths.
-        columns: what else is kept per record, each [r] or [r, ...].
+        more: makes what else is kept per record, each [r] or [r, ...]; called while the arrays are
+            compressed, for digests take as long.
         extra: goes into the commit as it is.
     """
     folder = f"{base}data/{name}/"
-    columns = dict(columns)
+    placed: dict[str, np.ndarray] = {}
     chunks: dict[str, int] = {}
     described: dict[str, Any] = {}
     pending: list[Any] = []  # one array is laid out while the last is compressed
@@ -67,13 +73,14 @@ def write_segment(
         # The first field of an axis sets its borders; all chunks are powers of two, so they divide.
         border = chunks.setdefault(field.axis, choose_chunk(lengths, field.longest_chunk))
         starts, length = place_rows(lengths, border)
-        columns[f"start_{field.axis}"], columns[f"len_{field.axis}"] = starts, lengths
+        placed[f"start_{field.axis}"], placed[f"len_{field.axis}"] = starts, lengths
         flat = lay_out(field, rows, starts, length)
         chunk = min(border, field.longest_chunk)
         begun, described[field.name] = write_array(
             files, f"{folder}{field.name}/", flat, field, chunk
         )
         pending.append(begun)
+    columns = {**more(), **placed}
     with write_failure_named(files.path(folder)):
         for begun in pending:
             if begun is not None:
