@@ -14,7 +14,7 @@ from opd_jax.errors import DataError
 from opd_jax.teacher import score
 from opd_jax.teacher.batches import score_batches
 from opd_jax.teacher.score import Scorer
-from opd_jax.teacher.self_test import self_test
+from opd_jax.teacher.self_test import OTHER_SHAPE, Bound, self_test
 from tests.teacher.test_score import make_records
 
 
@@ -73,7 +73,7 @@ def test_the_longest_and_the_shortest_rows_are_tested(snapshot, monkeypatch):
 
 
 def test_one_token_is_enough_to_be_found(snapshot, monkeypatch):
-    """The mean hides it."""
+    """The mean hides it: these rows are too short for that, so it is allowed more here."""
     scorer = Scorer(*tiny(), batch_tokens=256)
     right = score.score_program
 
@@ -86,7 +86,27 @@ def test_one_token_is_enough_to_be_found(snapshot, monkeypatch):
         return run
 
     monkeypatch.setattr(score, "score_program", program)
+    monkeypatch.setitem(OTHER_SHAPE, "float32", Bound(0.01, OTHER_SHAPE["float32"].largest))
     with pytest.raises(DataError, match=r"differ by 0\.00\d+ on average and 0\.1\d* at most"):
+        run_test(scorer, snapshot)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"), [("entropy_bt", "entropy nan"), ("logprob_btk", "top-k log-prob nan")]
+)
+def test_what_is_stored_beside_log_probs_is_finite_too(snapshot, monkeypatch, field, words):
+    scorer = Scorer(*tiny(), top_k=2, batch_tokens=256, entropy=True)
+    right = score.score_program
+
+    def program(*static):
+        def run(params, arrays):
+            out = right(*static)(params, arrays)
+            return out._replace(**{field: getattr(out, field) * np.nan})
+
+        return run
+
+    monkeypatch.setattr(score, "score_program", program)
+    with pytest.raises(DataError, match=rf"{words} at response token 0 of record 'p\d+'/0"):
         run_test(scorer, snapshot)
 
 
