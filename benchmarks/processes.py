@@ -78,7 +78,7 @@ def contents(run_dir):
             read = scoring.read_many(snapshot, range(len(snapshot)))
             scores = dict(zip(snapshot.keys, (s.logprob for s in read), strict=True))
     exports = sorted((run_dir / "export").glob("*/model.safetensors"))
-    params = {(p.parent.name, *item[:1]): item[1] for p in exports for item in load_file(p).items()}
+    params = {(p.parent.name, name): x for p in exports for name, x in load_file(p).items()}
     return samples, scores, params, sum(stage["seconds"] for stage in stages.values())
 
 

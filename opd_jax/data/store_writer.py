@@ -46,11 +46,12 @@ class SegmentWriter(ABC, Generic[Row]):
         its commit is there: under another name the same rows would be there twice.
         """
         while self._rows:
+            again = self._begun is not None
             if self._begun is None:
                 name = next_segment_name(self._files, self._base, self._process_index)
                 self._begun = name, len(self._rows)
             name, count = self._begun
-            if not self._files.exists(f"{self._base}commits/{name}.json"):
+            if not (again and self._files.exists(f"{self._base}commits/{name}.json")):
                 self._write(name, self._rows[:count])
             self._rows, self._begun = self._rows[count:], None
         self._size = 0
