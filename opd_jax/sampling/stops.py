@@ -27,8 +27,11 @@ def stop_length(
     """
     if not stops:
         return None
-    unseen = range(max(seen, 0) + 1, len(tokens) + 1)
-    return next((n for n in unseen if n >= least and _completed(tokens[:n], stops, text)), None)
+    window = _window(stops)
+    for n in range(max(seen, least - 1, 0) + 1, len(tokens) + 1):
+        if _completed(tokens[max(0, n - window) : n], stops, text):  # not of all before it
+            return n
+    return None
 
 
 def shown_text(tokens: Sequence[int], stops: Sequence[str], text: Text) -> str:
