@@ -24,8 +24,8 @@ from opd_jax.errors import DataError
 
 FIELDS = (
     Field("logprob", "float32", "response"),
-    Field("topk_ids", "int32", "response", 256, 262_144, blosc=True),
-    Field("topk_logprob", "float16", "response", 256, 262_144, blosc=True),
+    Field("topk_ids", "int32", "response", 256, 262_144, "zstd", "shuffle"),
+    Field("topk_logprob", "float16", "response", 256, 262_144, "zstd", "shuffle"),
     Field("topk_rest", "float32", "response"),
     Field("entropy", "float32", "response"),
 )
