@@ -277,33 +277,29 @@ def _forward(
     """Chosen log-probs, log-sum-exp and entropy, float32; and the logits that are kept."""
 
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
+    # It is a product, for CPUs: of two sums each would compute the exponentials again.
+
     def body(
         head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], _: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        top_btn, total_btn, spread_btn, chosen_btns = carry
-        logits_ncbt = None
-        if plan.keep:
-            logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
-            logits_btnc = jnp.moveaxis(logits_ncbt, (0, 1), (2, 3))
-        else:
-            logits_btnc = jnp.einsum(
-                "btd,ncd->btnc", hidden_btd, head_ncd, preferred_element_type=jnp.float32
-            )
-            logits_btnc = without_padding(logits_btnc, (2, 3), plan.padded_from, start, plan.size)
+        top_nbt, total_nbt, spread_nbt, chosen_btns = carry
+        logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
+        logits_btnc = jnp.moveaxis(logits_ncbt, (0, 1), (2, 3))
         chosen_btns += _pick(logits_btnc, ids_bts, start, plan.size)
-        new_top = jnp.maximum(top_btn, jnp.max(logits_btnc, axis=-1))
-        below = logits_btnc - new_top[..., None]
+        new_top = jnp.maximum(top_nbt, jnp.max(logits_ncbt, axis=1))
+        below = logits_ncbt - new_top[:, None]
         weight = jnp.exp(below)
-        moved = top_btn - new_top
-        spread_btn = (spread_btn + total_btn * moved) * jnp.exp(moved)
-        spread_btn += jnp.sum(weight * below, axis=-1)
-        total_btn = total_btn * jnp.exp(moved) + jnp.sum(weight, axis=-1)
-        return (new_top, total_btn, spread_btn, chosen_btns), logits_ncbt
+        moved = top_nbt - new_top
+        spread_nbt = (spread_nbt + total_nbt * moved) * jnp.exp(moved)
+        spread_nbt += jnp.einsum("ncbt,ncbt->nbt", weight, below, precision="highest")
+        total_nbt = total_nbt * jnp.exp(moved) + jnp.sum(weight, axis=1)
+        return (new_top, total_nbt, spread_nbt, chosen_btns), logits_ncbt if plan.keep else None
 
-    zero = jnp.zeros((*hidden_btd.shape[:2], plan.shards), jnp.float32)
-    begin = (zero + LOWEST, zero, zero, jnp.zeros((*zero.shape, ids_bts.shape[-1])))
+    (b, t, s), n = ids_bts.shape, plan.shards
+    zero = jnp.zeros((n, b, t), jnp.float32)
+    begin = (zero + LOWEST, zero, zero, jnp.zeros((b, t, n, s)))
     found, logits = _over_vocabulary(head_vd, plan, body, begin, _Blocks(None, None))
-    top, total, spread, chosen_btns = found
+    top, total, spread, chosen_btns = (*(jnp.moveaxis(x, 0, 2) for x in found[:3]), found[3])
     top_bt = jnp.max(top, axis=-1)
     log_total_bt = jnp.log(jnp.sum(total * jnp.exp(top - top_bt[..., None]), axis=-1))
     logprob_bts = (jnp.sum(chosen_btns, axis=2) - top_bt[..., None]) - log_total_bt[..., None]
