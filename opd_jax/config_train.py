@@ -225,6 +225,9 @@ class TrainRun(LoopConfig):
             ("ratio_clip", self.ratio_clip, None, ("algorithm", "opd")),
             ("ratio_clip", self.ratio_clip, None, ("objective", "sampled")),
             ("reward_scale", self.reward_scale, 1.0, ("objective", "sampled")),
+            # Online l_R is the current student's: neither would refer to the student after SFT.
+            ("reward_scale", self.reward_scale, 1.0, ("algorithm", "lightning_opd")),
+            ("kl_anchor", self.kl_anchor, 0.0, ("algorithm", "lightning_opd")),
             ("support", self.support, None, ("objective", "topk")),
             ("tail", self.tail, False, ("objective", "topk")),
         ]

@@ -30,3 +30,9 @@ class StageError(OPDError):
 
 class Preempted(BaseException):
     """The machine is about to go; what was done is saved, and the message says where."""
+
+
+def unwritable(path: object, error: OSError) -> DataError:
+    """The line for a file that cannot be written: a full disk names none by itself."""
+    cause = error.strerror or str(error)
+    return DataError(f"{path}: cannot be written ({cause}); free space or choose another folder")

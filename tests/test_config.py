@@ -273,6 +273,8 @@ def test_a_topk_run_needs_stored_teacher_tokens(write):
             "objective: topk, reward_scale: 1.2",
             "reward_scale 1.2 is for objective 'sampled' alone, here it is 'topk'; leave it out",
         ),
+        ("algorithm: opd, reward_scale: 1.2", "reward_scale 1.2 is for algorithm 'lightning_opd'"),
+        ("algorithm: opd, kl_anchor: 0.1", "kl_anchor 0.1 is for algorithm 'lightning_opd' alone"),
         (
             "algorithm: opd, save_every: 5, steps_per_batch: 2",
             "save_every 5 is no multiple of steps_per_batch 2, and only then",

@@ -4,6 +4,7 @@ import pytest
 
 from opd_jax.config_load import load_config
 from opd_jax.config_train import OptimConfig
+from opd_jax.train.jobs import spread_batches
 
 NAMES = {"qwen3_4b": 256, "qwen3_8b": 128, "qwen3_30b_a3b": 128}
 
@@ -40,3 +41,18 @@ def test_the_online_twin_differs_in_where_the_samples_come_from(name):
     same = twin.model_copy(update={"algorithm": "lightning_opd", "optim": optim})
     assert same == offline.train.runs["opd"]
     assert online.model_copy(update={"train": offline.train}) == offline
+
+
+@pytest.mark.parametrize("devices", [8, 16, 64, 128])
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}_online" for name in NAMES)])
+def test_rows_are_spread_over_more_devices_than_a_micro_batch_has_rows(name, devices):
+    config = load_config(f"configs/{name}.yaml")
+    spread, told = spread_batches(config, devices)
+    [run] = config.train.enabled
+    for key, before, after in (
+        ("sft", config.sft, spread.sft),
+        (f"train.runs.{run}", config.train.runs[run], spread.train.runs[run]),
+    ):
+        assert after.micro_batch_size == max(before.micro_batch_size, devices)
+        assert after.batch_size == before.batch_size
+        assert (devices == 8) != any(line.startswith(f"{key}.micro_batch_size: ") for line in told)

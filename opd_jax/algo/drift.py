@@ -20,8 +20,10 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
     """Figures over held-out responses; each argument has one vector of log-probs per response.
 
     Returns:
-        per token: `half_squared_advantage`, `reverse_kl_estimate` (mean of log pi_theta - log pi_T,
-        unweighted), mean `w` and `w_std`. Per response: mean `log_w` (natural log of W), mean
+        per token: `half_squared_advantage`, `abs_advantage`, the shares `large_advantage` (above 1)
+        and `clipped` (above tau) of its absolute value, `reverse_kl_estimate` (mean of
+        log pi_theta - log pi_T, unweighted), mean `w` and `w_std`. Per response: mean `log_w`
+        (natural log of W), mean
         `token_log_w` (the same divided by the response's tokens), `effective_share`
         ((sum W)^2 / (n sum W^2)), `chi2` (mean of W^2 / (mean W)^2 - 1), and `iw_reverse_kl`, the
         self-normalised weighted mean, nats per token:
@@ -44,8 +46,12 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
     residual_r = weight_r * (kl_r - kl * tokens_r)
     n = len(rows)
     error = math.sqrt(n / (n - 1) * np.square(residual_r).sum()) / tokens if n > 1 else math.nan
+    size = np.minimum(np.abs(gap), tau)
     return {
-        "half_squared_advantage": float(0.5 * np.mean(np.clip(gap, -tau, tau) ** 2)),
+        "half_squared_advantage": float(0.5 * np.mean(size**2)),
+        "abs_advantage": float(np.mean(size)),
+        "large_advantage": float(np.mean(size > 1)),
+        "clipped": float(np.mean(np.abs(gap) > tau)),
         "reverse_kl_estimate": float(-np.mean(gap)),
         "w": float(np.mean(w)),
         "w_std": float(np.std(w)),

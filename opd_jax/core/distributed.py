@@ -103,9 +103,26 @@ def agreed(see: Callable[[], np.ndarray], where: str) -> np.ndarray:
         if (all_seen == all_seen[0]).all():
             return seen
         time.sleep(LOOK_SECONDS)
-    raise DataError(
-        f"{where}: after {LOOKS * LOOK_SECONDS:.0f} s hosts still see different commits in it; put "
-        "it where all hosts see the same files, or wait and start the same command again"
+    raise _seen_apart(where)
+
+
+def await_seen(see: Callable[[], bool], where: str) -> None:
+    """Wait until this process sees what process 0 has seen, for the reason that `agreed` has.
+
+    Raises:
+        DataError: it does not within two minutes.
+    """
+    for _ in range(LOOKS):
+        if see():
+            return
+        time.sleep(LOOK_SECONDS)
+    raise _seen_apart(where)
+
+
+def _seen_apart(where: str) -> DataError:
+    return DataError(
+        f"{where}: after {LOOKS * LOOK_SECONDS:.0f} s hosts still see different files there; put it"
+        " where all hosts see the same files, or wait and start the same command again"
     )
 
 

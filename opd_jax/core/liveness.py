@@ -22,6 +22,8 @@ from jax._src import distributed  # the public module does not hand out its clie
 SILENT_SECONDS = 30.0
 """Who gives no sign of life for so long is given up."""
 SIGN_SECONDS = 2.0
+RETRY_SECONDS = 20.0
+"""For so long a service that does not answer is asked again."""
 LOST = 4
 """Exit code of a process that ends because another one did: the same command goes on."""
 AGAIN = "start the same command on every host again, it goes on from here"
@@ -76,14 +78,16 @@ class Liveness:
         self._dismiss_sentry()
 
     def _watch(self) -> None:
-        signs, verdict = 0, None
+        signs, verdict, answered = 0, None, time.monotonic()
         while verdict is None and not self._over.wait(SIGN_SECONDS if signs else 0):
             signs += 1
             try:
                 self._client.key_value_set(self._sign, str(signs), allow_overwrite=True)
                 verdict = self._silent() if self._rank == 0 else self._published()
-            except Exception:  # the service is gone, JAX aborts this process, and the sentry speaks
-                return
+                answered = time.monotonic()
+            except Exception:
+                if time.monotonic() - answered > RETRY_SECONDS:
+                    return  # the service is gone, JAX aborts this process, and the sentry speaks
         if verdict is not None:
             code, text = verdict.split(" ", 1)
             print(f"opd_jax: error: {text}; {AGAIN}", file=sys.stderr)

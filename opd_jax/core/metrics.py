@@ -7,6 +7,7 @@ appears twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from opd_jax.core.rng import stable_hash
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import ConfigError, DataError, unwritable
 
 FILE_NAME = "metrics.jsonl"
 LABELS = ("stage", "run", "step")
@@ -50,12 +51,19 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line. Values are scalars of any kind; one that is not finite is written as null."""
+        """Add a line. Values are scalars of any kind; one that is not finite is written as null.
+
+        Raises:
+            DataError: the disk is full.
+        """
         figures = {name: float(value) for name, value in values.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
         line = {"stage": self.stage, "run": self.run, "step": int(step), **finite}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self._file.name, error) from error
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, int(step))
@@ -64,7 +72,8 @@ class MetricsWriter:
             self._wandb.log({"step": int(step), **figures})
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line whose write has failed
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

@@ -50,12 +50,18 @@ class Preemption:
 
     @contextlib.contextmanager
     def raised(self, wanted: bool) -> Generator[None]:
-        """Within, if it is wanted, SIGTERM raises Preempted: for work that can be given up."""
+        """Within, if it is wanted, SIGTERM raises Preempted: for work that can be given up.
+
+        Among several processes the work itself asks (`told`) and raises: that uses the notice up.
+        """
         self._raises = wanted
         try:
             if wanted and self.came:
                 raise Preempted("SIGTERM")
             yield
+        except Preempted:
+            self.came = True
+            raise
         finally:
             self._raises = False
 

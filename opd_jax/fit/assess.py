@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from opd_jax.config import Config
+from opd_jax.config import Config, MeshConfig
 from opd_jax.config_train import TrainRun
 from opd_jax.errors import ConfigError
 from opd_jax.fit.changes import Case, changed, room_share, steps_of
@@ -18,27 +19,37 @@ from opd_jax.fit.roofline import COMPUTE, LINKS, MEMORY
 from opd_jax.fit.sampling import sampling_drafts
 from opd_jax.fit.scoring import scoring_draft
 from opd_jax.fit.setup import Setup, open_setup
+from opd_jax.fit.targets import larger
 from opd_jax.fit.training import training_draft
 
 Say = Callable[[str], None]
+WITHOUT_PROGRAM = ("evaluate", "export", "report")
+"""Stages that compile nothing of their own."""
+WITHIN = " in "
+"""Stands between the name of a program and that of the training run in which it runs too."""
 
 
 def stages_of(config: Config, wanted: Sequence[str] | None) -> list[str]:
     """The stages to compile: all that run a model, or those named; `train` is every run.
 
+    Stages without a program of their own are left out.
+
     Raises:
-        ConfigError: a name is none of them.
+        ConfigError: a name is no stage, or none of them has a program.
     """
     runs = [f"train.{name}" for name in config.train.enabled]
     known = ["answer", "sft", "rollout", "score", *runs]
     if wanted is None:
         return known
     for name in wanted:
-        if name not in (*known, "train"):
-            raise ConfigError(
-                f"--stages: '{name}' has no program to compile; choose from {', '.join(known)}"
-            )
-    return [x for x in known if x in wanted or (x in runs and "train" in wanted)]
+        if name not in (*known, "train") and name.partition(".")[0] not in WITHOUT_PROGRAM:
+            raise ConfigError(f"--stages: '{name}' is no stage; choose from {', '.join(known)}")
+    found = [x for x in known if x in wanted or (x in runs and "train" in wanted)]
+    if not found:
+        raise ConfigError(
+            f"--stages: {', '.join(wanted)}: no program to compile; choose from {', '.join(known)}"
+        )
+    return found
 
 
 def drafts_of(setup: Setup, stage: str) -> list[Draft]:
@@ -65,13 +76,15 @@ def assess(
     programs: list[ProgramReport] = []
     if quick:  # what needs most memory comes first
         chosen.sort(key=lambda stage: not stage.startswith("train."))
-    for draft in (draft for stage in chosen for draft in drafts_of(setup, stage)):
+    inner = [stage for stage in drawn_with(config, chosen) if stage not in chosen]
+    for draft in (draft for stage in chosen + inner for draft in drafts_of(setup, stage)):
         say(f"compiling {draft.name}: {draft.what}")
         programs.append(compile_draft(setup, draft))
         if quick and not programs[-1].fits:
             break
-    failing = [program for program in programs if not program.fits and not quick]
     programs += within_training(setup, programs)
+    programs = [program for program in programs if program.stage not in inner]
+    failing = [program for program in programs if not program.fits and not quick]
     return FitReport(
         target=target,
         kind=setup.target.device.kind,
@@ -80,9 +93,19 @@ def assess(
         memory_bytes=setup.target.device.memory,
         programs=programs,
         hours=_hours(setup, programs),
-        tries=[tried for program in failing for tried in _tries(setup, program, say)],
+        tries=[tried for program in failing for tried in _tries(setup, program, config.mesh, say)],
         assumed=_assumed(setup),
     )
+
+
+def drawn_with(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
+    """The stages whose programs run inside the chosen training runs too."""
+    runs = [run for name, run in config.train.runs.items() if f"train.{name}" in chosen]
+    return ("rollout", "score") if any(_draws(run) for run in runs) else ()
+
+
+def _draws(run: TrainRun) -> bool:
+    return run.algorithm == "opd" or run.refresh is not None
 
 
 def within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator[ProgramReport]:
@@ -90,14 +113,14 @@ def within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator
     by_name = {program.name: program for program in programs}
     for name in setup.config.train.enabled:
         run, step = setup.config.train.runs[name], by_name.get(f"train.{name}")
-        if step is None or (run.algorithm != "opd" and run.refresh is None):
+        if step is None or not _draws(run):
             continue
         share = _drawn(run) / (setup.prompts("opd") * setup.config.rollout.samples_per_prompt)
         for inner in ("rollout.prefill", "rollout.decode", "score"):
             if (found := by_name.get(inner)) is not None:
                 yield dataclasses.replace(
                     found,
-                    name=f"{inner} in {step.name}",
+                    name=f"{inner}{WITHIN}{step.name}",
                     stage=step.stage,
                     runs=found.runs * share,
                     beside=_beside_training(found, step, run),
@@ -124,29 +147,56 @@ def _beside_training(found: ProgramReport, step: ProgramReport, run: TrainRun) -
     return {**beside, "training state": state}
 
 
-def _tries(setup: Setup, failing: ProgramReport, say: Say) -> Iterator[Try]:
-    """Changes for one program, each on top of those before, until it fits."""
+def _tries(
+    setup: Setup, failing: ProgramReport, mesh: MeshConfig | None, say: Say
+) -> Iterator[Try]:
+    """Changes for one program, each on top of those before, until it fits.
+
+    Args:
+        mesh: as the config has it, for more devices than the setup's.
+    """
     name, said = failing.name, list[str]()
-    for step in steps_of(name):
-        target = setup.target
-        case = Case(name, setup.ways, target.count, room_share(failing), target.slices)
-        found = step(setup.config, case)
-        if found is None:
-            continue
-        said.append(found[0])
-        words = ", ".join(said)
-        say(f"{name} does not fit; compiling it with {words}")
+    program, _, within = name.partition(WITHIN)
+    steps = steps_of(program)
+
+    def tried(made: Callable[[], Setup], words: str) -> Try | None:
+        nonlocal setup, failing
+        said.append(words)
+        say(f"{name} does not fit; compiling it with {', '.join(said)}")
         try:
-            setup = open_setup(changed(setup.config, found[1]), setup.target.name)
+            setup = made()
         except ConfigError as error:
             say(f"that is no config: {error}")
+            return None
+        failing = _again(setup, program, failing.beside if within else None)
+        fits, needed = failing.fits, failing.needed_bytes
+        return Try(name, ", ".join(said), fits, needed, failing.compile_seconds)
+
+    for step in steps[:1] if within else steps:  # what lies beside stays as it is
+        target = setup.target
+        case = Case(program, setup.ways, target.count, room_share(failing), target.slices)
+        if (change := step(setup.config, case)) is None:
+            continue
+        config = changed(setup.config, change[1])
+        found = tried(functools.partial(open_setup, config, target.name), change[0])
+        if found is None:
             return
-        stage = name if case.trains else name.partition(".")[0]
-        draft = next(draft for draft in drafts_of(setup, stage) if draft.name == name)
-        failing = compile_draft(setup, draft)
-        yield Try(name, words, failing.fits, failing.needed_bytes, failing.compile_seconds)
-        if failing.fits:
+        yield found
+        if found.fits:
             return
+    if not within and (more := larger(setup.target)) is not None:
+        config = setup.config.model_copy(update={"mesh": mesh})
+        found = tried(functools.partial(open_setup, config, more), f"on {more}")
+        if found is not None:
+            yield found
+
+
+def _again(setup: Setup, name: str, beside: Bytes | None) -> ProgramReport:
+    """A program compiled once more."""
+    stage = name if name.startswith(("sft", "train.")) else name.partition(".")[0]
+    draft = next(draft for draft in drafts_of(setup, stage) if draft.name == name)
+    found = compile_draft(setup, draft)
+    return found if beside is None else dataclasses.replace(found, beside=beside)
 
 
 def _hours(setup: Setup, programs: Sequence[ProgramReport]) -> dict[str, float]:

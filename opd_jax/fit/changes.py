@@ -46,12 +46,13 @@ Step = Callable[[Config, Case], Change | None]
 def steps_of(name: str) -> tuple[Step, ...]:
     """What to try for a program, in this order; a step that changes nothing gives `None`.
 
-    Of a train step: full rematerialisation, then fewer rows a micro-batch, then moments in the
-    host's memory, which costs transfers but leaves the mesh, then `fsdp` over all devices. Of
+    Of a train step: full rematerialisation, then fewer rows a micro-batch, the fewest there can be,
+    then moments in the host's memory, which costs transfers but leaves the mesh, then `fsdp` over
+    all devices. Of
     scoring and sampling: batches or slots that are a quarter, then `fsdp`.
     """
     trains = name.partition(".")[0] in ("sft", "train")
-    return (_remat, _micro, _offload, _fsdp) if trains else (_quarter, _fsdp)
+    return (_remat, _micro, _fewest, _offload, _fsdp) if trains else (_quarter, _fsdp)
 
 
 def room_share(report: ProgramReport) -> float:
@@ -83,13 +84,24 @@ def _remat(config: Config, case: Case) -> Change | None:
 
 def _micro(config: Config, case: Case) -> Change | None:
     """As many rows as there should be room for, or the fewest that the mesh can cut."""
+    rows, fewer = _fewer_rows(config, case)
+    if not fewer:
+        return None
+    roomy = [n for n in fewer if n <= rows * case.share * CAUTION]
+    return _with_micro(case.name, max(roomy, default=fewer[0]))
+
+
+def _fewest(config: Config, case: Case) -> Change | None:
+    """The fewest rows that the mesh can cut, where the guess before was too many."""
+    _, fewer = _fewer_rows(config, case)
+    return _with_micro(case.name, fewer[0]) if fewer else None
+
+
+def _fewer_rows(config: Config, case: Case) -> tuple[int, list[int]]:
+    """Rows of a micro-batch, and the smaller numbers that divide the batch over the mesh."""
     loop = config.sft if case.name == "sft" else config.train.runs[_run(case.name)]
     rows = loop.micro_batch_size or loop.batch_size
-    possible = [n for n in range(case.ways, rows, case.ways) if loop.batch_size % n == 0]
-    if not possible:
-        return None
-    roomy = [n for n in possible if n <= rows * case.share * CAUTION]
-    return _with_micro(case.name, max(roomy, default=possible[0]))
+    return rows, [n for n in range(case.ways, rows, case.ways) if loop.batch_size % n == 0]
 
 
 def _with_micro(name: str, rows: int) -> Change:

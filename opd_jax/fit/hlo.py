@@ -9,7 +9,9 @@
         backend_config={"known_trip_count":{"n":"36"}}
 
 XLA for GPUs writes down the trip count of a loop where it knows it. In programs for TPUs it follows
-from the condition, which compares a counter from 0 on with a constant.
+from the condition, which compares a counter from 0 on with a constant. How many blocks of a
+mixture's experts there are is known to nobody before the tokens have chosen: what is expected
+stands in the name of their loop.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from opd_jax.model.experts import BLOCKS_SCOPE
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+)\s*\(.*->.*\{\s*$")
 _NAMED = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
@@ -28,6 +32,7 @@ _CALLED = re.compile(
 )
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_EXPECTED = re.compile(rf'{BLOCKS_SCOPE}(\d+)\)*/while"')
 _ARRAY = re.compile(
     r"(?P<dtype>pred|token|bf16|f8\w*|f4\w*|[suf]\d+|c\d+)\[(?P<dims>[\d,]*)\]"
     r"(?P<layout>\{[^{}]*\})?"
@@ -85,7 +90,7 @@ class Module:
     entry: str
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs, where the text tells."""
+        """How often a loop runs, where the text tells, or is expected to by its name."""
         if found := _TRIPS.search(loop.attributes):
             return int(found[1])
         found = _CONDITION.search(loop.attributes)
@@ -93,10 +98,12 @@ class Module:
         if test is None:
             return None
         root = test.instructions[test.root]
-        if root.opcode != "compare" or "direction=LT" not in root.attributes:
-            return None
-        end = test.instructions[root.operands[1]]
-        return int(end.operands[0]) if end.opcode == "constant" else None
+        if root.opcode == "compare" and "direction=LT" in root.attributes:
+            end = test.instructions[root.operands[1]]
+            if end.opcode == "constant":
+                return int(end.operands[0])
+        found = _EXPECTED.search(loop.attributes)
+        return int(found[1]) if found else None
 
 
 def parse_module(text: str) -> Module:

@@ -22,7 +22,7 @@ from opd_jax.fit.targets import Target, parse_target
 from opd_jax.fit.topology import devices_of
 from opd_jax.model.load import architecture_of, padding_start
 from opd_jax.model.transformer import LanguageModel
-from opd_jax.train.jobs import check_batches, check_row_tokens
+from opd_jax.train.jobs import check_row_tokens, spread_batches
 from opd_jax.train.mesh_choice import mesh_of
 
 Role = Literal["student", "teacher"]
@@ -106,6 +106,6 @@ def open_setup(config: Config, target: str) -> Setup:
     """
     mesh = mesh_of(config, devices_of(target))
     config = config.model_copy(update={"mesh": MeshConfig(**mesh.shape)})
-    check_batches(config, axis_size(mesh, "batch"))
+    config, _ = spread_batches(config, axis_size(mesh, "batch"))
     check_row_tokens(config, axis_size(mesh, "time"))
     return Setup(config, parse_target(target), mesh)

@@ -91,12 +91,21 @@ def candidates(text: str) -> list[str]:
     """
     name = text.strip().lower().removeprefix("auto").removeprefix(":") or "v5e"
     if name in CARDS:
-        return [f"{name}:{count}" for count in (1, 2, 4, 8)]
+        return [f"{name}:{count}" for count in (1, 2, 4, 8, 16, 32)]
     if name not in TPUS:
         raise ConfigError(
             f"fit: target '{text}'; after 'auto:' comes one of {', '.join([*TPUS, *CARDS])}"
         )
     return [f"{name}:{shape}" for chips, shape in SHAPES[name].items() if chips <= MOST_AUTO]
+
+
+def larger(target: Target) -> str | None:
+    """The next target of the same kind, `None` where it is several slices or the largest named."""
+    if target.platform == "gpu":
+        return f"{target.generation}:{2 * target.count}"
+    shapes = SHAPES[target.generation].items()
+    more = [shape for chips, shape in shapes if chips > target.count and target.slices == 1]
+    return f"{target.generation}:{more[0]}" if more else None
 
 
 def _slice(text: str, generation: str, size: str, *, shaped: bool) -> Target:

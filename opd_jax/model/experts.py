@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
+BLOCKS_SCOPE = "expert_blocks_"
+"""In the compiled text the loop's name goes on with how often it is expected to run."""
 _f32 = jnp.float32
 
 
@@ -72,7 +75,8 @@ def product_on(platform: str, pairs: int, experts: int) -> Product:
     """
     if platform == "tpu" or _in_groups_anywhere.get():
         return in_groups
-    return functools.partial(in_blocks, rows=block_rows(pairs, experts))
+    rows = block_rows(pairs, experts)
+    return functools.partial(in_blocks, rows=rows, each=expected_blocks(pairs / experts, rows))
 
 
 def in_groups(
@@ -100,11 +104,23 @@ def in_groups(
 
 
 def in_blocks(
-    x_td: jax.Array, weight_ts: jax.Array, expert_ts: jax.Array, weights: Weights, *, rows: int
+    x_td: jax.Array,
+    weight_ts: jax.Array,
+    expert_ts: jax.Array,
+    weights: Weights,
+    *,
+    rows: int,
+    each: float = 1.0,
 ) -> jax.Array:
-    """What `in_groups` gives, in blocks of `rows` pairs."""
-    blocks = cut_blocks(weight_ts, expert_ts, weights.gate_edf.shape[0], rows)
-    return _blocks_mlp(*_varying_alike((x_td, blocks, weights)))
+    """What `in_groups` gives, in blocks of `rows` pairs.
+
+    Args:
+        each: how many blocks a held expert is expected to have; nothing is computed from it.
+    """
+    held = weights.gate_edf.shape[0]
+    blocks = cut_blocks(weight_ts, expert_ts, held, rows)
+    with jax.named_scope(f"{BLOCKS_SCOPE}{max(round(held * each), 1)}"):
+        return _blocks_mlp(*_varying_alike((x_td, blocks, weights)))
 
 
 def block_rows(pairs: int, experts: int) -> int:
@@ -114,6 +130,11 @@ def block_rows(pairs: int, experts: int) -> int:
     """
     share = max(pairs // (2 * experts), 1)
     return min(max(1 << (share.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+def expected_blocks(share: float, rows: int) -> float:
+    """Blocks of an expert that gets `share` pairs on average, of tokens that choose at random."""
+    return share / rows + 0.5 if share >= rows else 1.0 - math.exp(-share)
 
 
 def cut_blocks(weight_ts: jax.Array, expert_ts: jax.Array, experts: int, rows: int) -> Blocks:

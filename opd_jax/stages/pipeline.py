@@ -22,7 +22,7 @@ from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
 from opd_jax.data.store_files import StoreFiles
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, DataError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
@@ -31,7 +31,7 @@ from opd_jax.stages.common import Stage
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json, Spent, StageRecords, exists
 from opd_jax.stages.summary import write_summary
-from opd_jax.train.jobs import check_batches, check_row_tokens
+from opd_jax.train.jobs import check_row_tokens, spread_batches
 from opd_jax.train.mesh_choice import mesh_of
 
 PARTS = ("inputs", "run", "artefacts", "extras", "gap")  # not every stage has the last two
@@ -118,7 +118,9 @@ def open_run(
         if config.store is not None:
             StoreFiles(config.store).check_writable(f".write-{uuid.uuid4().hex}")
     mesh = mesh_of(config)
-    check_batches(config, axis_size(mesh, "batch"))
+    config, changes = spread_batches(config, axis_size(mesh, "batch"))
+    for line in changes:
+        say(line)
     check_row_tokens(config, axis_size(mesh, "time"))
     return RunContext(config, run_dir, mesh, StageRecords(run_dir), profile, share)
 
@@ -162,7 +164,7 @@ def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
         ctx.records.drop_started(stage.name)  # it wrote nothing: nothing binds it to old inputs
     barrier(f"inputs of {stage.name}")
     ctx.records.check_inputs(stage.name, inputs)
-    record = ctx.records.done(stage.name) if here else None
+    record = ctx.records.done_everywhere(stage.name, here=here)
     gap = "" if record is None else stage.gap(record["outputs"])
     if record is not None and not gap:
         say(stage_line(stage.name, f"done before, in {record['seconds']:.1f} s"))
@@ -226,15 +228,19 @@ def _timed(ctx: RunContext, name: str, inputs: Json) -> Generator[Callable[[], S
         return earlier.more(time.monotonic() - began, ctx.mesh.size)
 
     def note() -> None:
-        while not over.wait(TICK_SECONDS):
+        with contextlib.suppress(DataError):  # a full disk is told by what has to be written
             ctx.records.tick(name, inputs, elapsed())
 
-    thread = threading.Thread(target=note, daemon=True)
+    def note_on() -> None:
+        while not over.wait(TICK_SECONDS):
+            note()
+
+    thread = threading.Thread(target=note_on, daemon=True)
     thread.start()
     try:
         yield elapsed
     except BaseException:
-        ctx.records.tick(name, inputs, elapsed())
+        note()
         raise
     finally:
         over.set()

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_jax.core.distributed import is_first
+from opd_jax.core.distributed import await_seen, from_first, is_first
 from opd_jax.data.store_files import StoreFiles
-from opd_jax.errors import DataError, StageError
+from opd_jax.errors import DataError, StageError, unwritable
 
 Json = dict[str, Any]
 Artefact = Path | StoreFiles
@@ -29,13 +29,20 @@ def exists(artefact: Artefact) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one rename; process 0 alone does."""
+    """Write a JSON file in one rename; process 0 alone does.
+
+    Raises:
+        DataError: the disk is full, or the folder not ours.
+    """
     if not is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read_json(path: Path) -> Json | None:
@@ -87,6 +94,14 @@ class StageRecords:
         """The record of a completed stage."""
         return read_json(self._final(name))
 
+    def done_everywhere(self, name: str, *, here: bool) -> Json | None:
+        """`done`, if what it wrote is `here` too, as process 0 finds it. All processes call it."""
+        record = self.done(name) if here else None
+        if from_first("done" if record is not None else "open") == "open":
+            return None
+        await_seen(lambda: self.done(name) is not None, str(self._final(name)))
+        return self.done(name)
+
     def started(self, name: str) -> Json | None:
         """What a stage under way was started with."""
         return read_json(self._started(name))
@@ -97,6 +112,8 @@ class StageRecords:
         Raises:
             StageError: it is not complete.
         """
+        if not is_first() and self.done(name) is None:  # or process 0 ends this one
+            await_seen(lambda: self.done(name) is not None, str(self._final(name)))
         record = self.done(name)
         if record is None:
             raise StageError(

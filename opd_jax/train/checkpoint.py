@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from opd_jax.core.distributed import await_seen, from_first
 from opd_jax.data.store_files import TENSORSTORE_ERRORS, StoreFiles, short_cause
 from opd_jax.errors import DataError
 
@@ -159,6 +160,16 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """The newest complete step, `None` where there is none."""
     steps = complete_steps(directory)
     return steps[-1] if steps else None
+
+
+def newest_step(directory: str | os.PathLike[str]) -> int | None:
+    """`latest_step` as process 0 finds it. Called by every process."""
+    step = latest_step(directory)
+    told = from_first("" if step is None else str(step))
+    if not told:
+        return None
+    await_seen(lambda: int(told) in complete_steps(directory), str(directory))
+    return int(told)
 
 
 def complete_steps(directory: str | os.PathLike[str]) -> list[int]:

@@ -40,6 +40,8 @@ class Guard:
     Attributes:
         first: figures before the first step.
         best: figures of the best evaluation so far, and the steps done by then.
+        peak: the best value of each judge so far. A state that no judge tells from the best one may
+            be a little worse: held against that one, ever worse ones could follow each other.
         warned: how many evaluations in a row had a warning.
         limited: whether drift is a danger, as it is for the sampled-token objective. One that knows
             the teacher's distribution finds its way far from its rollouts (docs/method.md).
@@ -50,6 +52,7 @@ class Guard:
     best: tuple[Figures, int] | None = None
     warned: int = 0
     limited: bool = True
+    peak: Figures = field(default_factory=dict)
 
     def look(self, steps: int, figures: Figures) -> Verdict:
         """Judge the figures after `steps` steps."""
@@ -58,10 +61,19 @@ class Guard:
         better = self._better(figures)
         if better:
             self.best = finite(figures), steps
+            self._raise_peak(figures)
         warnings = self._warnings(figures)
         self.warned = self.warned + 1 if warnings else 0
         stop = self.config.action == "stop" and self.warned >= self.config.patience
         return Verdict(warnings, better, stop)
+
+    def _raise_peak(self, figures: Figures) -> None:
+        for name, sign in JUDGES:
+            if name in figures and (
+                name not in self.peak or sign * (figures[name] - self.peak[name]) > 0
+            ):
+                of_it = (name, f"{name}_stderr")
+                self.peak |= finite({key: figures[key] for key in of_it if key in figures})
 
     def _warnings(self, figures: Figures) -> list[str]:
         if self.config.action == "off":
@@ -91,11 +103,10 @@ class Guard:
             return False
         if self.best is None:
             return True
-        best = self.best[0]
         for name, sign in JUDGES:
-            if name in figures and name in best:
-                change = sign * (figures[name] - best[name])
-                margin = _noise(name, figures, best) / 2 if name == "fresh_accuracy" else 0.0
+            if name in figures and name in self.peak:
+                change = sign * (figures[name] - self.peak[name])
+                margin = _noise(name, figures, self.peak) / 2 if name == "fresh_accuracy" else 0.0
                 if abs(change) > margin:
                     return change > 0
         return not self._beyond(figures)
@@ -122,7 +133,8 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What `restored` needs, as JSON values."""
-        return {"first": self.first, "best": self.best, "warned": self.warned}
+        kept = {"first": self.first, "best": self.best, "warned": self.warned}
+        return {**kept, "peak": self.peak}
 
     @staticmethod
     def restored(
@@ -133,7 +145,7 @@ class Guard:
             return Guard(config, limited=limited)
         best = state["best"]
         found = None if best is None else (dict(best[0]), int(best[1]))
-        return Guard(config, state["first"], found, state["warned"], limited)
+        return Guard(config, state["first"], found, state["warned"], limited, state["peak"])
 
 
 def finite(figures: Figures) -> Figures:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from opd_jax.algo.losses import Terms
 from opd_jax.config import Config
 from opd_jax.config_train import LoopConfig, TrainRun
 from opd_jax.errors import ConfigError
 from opd_jax.train.step import Objective
+
+Loop = TypeVar("Loop", bound=LoopConfig)
 
 
 def loops_of(config: Config) -> dict[str, LoopConfig]:
@@ -15,22 +19,39 @@ def loops_of(config: Config) -> dict[str, LoopConfig]:
     return {"sft": config.sft, **runs}
 
 
-def check_batches(config: Config, ways: int) -> None:
-    """Every forward pass of training must be divisible over the devices.
+def spread_batches(config: Config, ways: int) -> tuple[Config, list[str]]:
+    """The config with a row of every forward pass of training for each device, and what changed.
 
-    Without `micro_batch_size`, OPD rounds its packed rows up; SFT has `batch_size` of them.
+    A micro-batch of too few rows is raised, for the gradient does not depend on it; where it does,
+    because a balance loss is that of each micro-batch, it is refused. Without `micro_batch_size`
+    OPD rounds its packed rows up; SFT has `batch_size` of them.
+
+    Raises:
+        ConfigError: rows cannot be divided over the devices.
     """
-    for key, loop in loops_of(config).items():
-        field = "batch_size" if loop.micro_batch_size is None else "micro_batch_size"
-        opd = isinstance(loop, TrainRun) and loop.algorithm != "sft"
-        if opd and field == "batch_size":
-            continue
-        rows = getattr(loop, field)
-        if rows % ways:
-            raise ConfigError(
-                f"{key}.{field}={rows} is not divisible over {ways} devices (mesh.data x "
-                "mesh.fsdp x mesh.expert); change it, or the mesh"
-            )
+    told: list[str] = []
+    sft, runs = _spread("sft", config.sft, ways, told), dict(config.train.runs)
+    for name in config.train.enabled:
+        runs[name] = _spread(f"train.runs.{name}", runs[name], ways, told)
+    train = config.train.model_copy(update={"runs": runs})
+    return config.model_copy(update={"sft": sft, "train": train}), told
+
+
+def _spread(key: str, loop: Loop, ways: int, told: list[str]) -> Loop:
+    micro, whole = loop.micro_batch_size, loop.batch_size
+    packed = isinstance(loop, TrainRun) and loop.algorithm != "sft"
+    over = f"over {ways} devices (mesh.data x mesh.fsdp x mesh.expert); change it, or the mesh"
+    if not packed and whole % ways:
+        raise ConfigError(f"{key}.batch_size={whole} is not divisible {over}")
+    if micro is None or micro % ways == 0:
+        return loop
+    if loop.router_balance:
+        raise ConfigError(f"{key}.micro_batch_size={micro} is not divisible {over}")
+    rows = -(-micro // ways) * ways
+    while not packed and whole % rows:
+        rows += ways
+    told.append(f"{key}.micro_batch_size: {rows} for {micro}, to give {ways} devices a row each")
+    return loop.model_copy(update={"micro_batch_size": rows})
 
 
 def check_row_tokens(config: Config, parts: int) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from opd_jax.algo.losses import averages
 from opd_jax.config_train import LoopConfig
+from opd_jax.core.distributed import is_first
 from opd_jax.core.mesh import put_batch
 from opd_jax.core.preemption import Preemption
 from opd_jax.core.progress import say
@@ -30,6 +31,7 @@ from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of
 from opd_jax.train.step import Objective, TrainState, abstract_state, init_state, make_train_step
 from opd_jax.train.watch import Watch
 
+SHOWN_NAMES = 3  # of the records of a step that is not finite
 MOST_SKIPPED = 10  # steps in a row without a finite loss: it will not get better
 
 NextBatch = Callable[[int, Callable[[], Params]], Any]
@@ -242,13 +244,27 @@ class _Run:
             own["skipped"] = 1.0
         self._log(step, {**own, **averages(values), **self.meter.figures(load, values["tokens"])})
 
+    def _records(self, step: int) -> str:
+        """A step's records: a few by name, and the file with all names if there are more."""
+        names = [] if self._source.names is None else self._source.names(step)
+        if len(names) <= SHOWN_NAMES:
+            return f", of {', '.join(names)}" if names else ""
+        few = f", of {', '.join(names[:SHOWN_NAMES])} and {len(names) - SHOWN_NAMES} more"
+        path = self.job.directory.with_name(f"{self.job.directory.name}.step{step}.txt")
+        if is_first():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("\n".join(names) + "\n", encoding="utf-8")
+            except OSError:  # the step is told all the same
+                return few
+        return f"{few} (all in {path})"
+
     def _unsound(self, step: int, own: dict[str, float]) -> None:
         """Count a step that changed no parameter, or end the run: always if it did change them."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        names = [] if self._source.names is None else self._source.names(step)
         what = (
             f"step {step}: loss {own['loss']:g}, gradient norm {own['grad_norm']:g}, update ratio "
-            f"{own['update_ratio']:g}{_shown(names)}"
+            f"{own['update_ratio']:g}{self._records(step)}"
         )
         skips = self.job.loop.on_nonfinite == "skip" and math.isfinite(own["update_ratio"])
         if skips and self.in_a_row < MOST_SKIPPED:
@@ -261,14 +277,6 @@ class _Run:
             f"{what}{again}; the last checkpoint in {self.job.directory} is from before; lower "
             f"optim.learning_rate and redo the stage with --force{skip}"
         )
-
-
-def _shown(names: list[str]) -> str:
-    """The first of a step's records."""
-    if not names:
-        return ""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f", of {', '.join(names[:3])}{more}"
 
 
 def _preempted(job: TrainJob, done: int) -> Preempted:
@@ -286,14 +294,14 @@ def _result(run: _Run, params: Params, done: int) -> TrainResult:
 def _resume(
     job: TrainJob, optimizer: Any, start: Callable[[], Params], watch: Watch | None
 ) -> tuple[TrainState, _Past]:
-    adapters = job.adapters
-    if checkpoint.latest_step(job.directory) is None:
+    adapters, newest = job.adapters, checkpoint.newest_step(job.directory)
+    if newest is None:
         if watch is not None:
             watch.restore(0, None)
         first = adapters.init(job.seed) if adapters else start()
         return init_state(adapters or job.model, optimizer, first), _Past()
     abstract = abstract_state(adapters or job.model, optimizer)
-    state, meta, step = checkpoint.restore(job.directory, None, abstract)
+    state, meta, step = checkpoint.restore(job.directory, newest, abstract)
     if meta["inputs"] != job.inputs:
         raise DataError(
             f"{job.directory}: step {step} was trained with other settings or inputs; "

@@ -26,7 +26,7 @@ from opd_jax.errors import ConfigError, ModelError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.load import architecture_of
 from opd_jax.model.transformer import LanguageModel
-from opd_jax.train.jobs import check_batches, check_row_tokens
+from opd_jax.train.jobs import check_row_tokens, spread_batches
 
 MOST_TENSOR = 8
 """Devices along `tensor`: as many as a node of GPUs has."""
@@ -47,7 +47,8 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -> list[MeshConfig]:
     """Meshes that fit the devices, both models and the batches, the preferred one first.
 
-    Each uses other axes than those before, or cuts another number of ways: not other copies.
+    Each uses other axes than those before, or cuts another number of ways: not other copies, but
+    for one in each of several nodes of GPUs, whose network is slower than what joins their cards.
 
     A model that cannot be read has no say; whatever needs it tells what is wrong with it.
 
@@ -65,7 +66,8 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
         experts=math.gcd(experts, *map(len, islands)) if experts else 0,
         experts_first=not tpu,
     ):
-        kind = mesh.tensor, mesh.context, mesh.expert
+        nodes = mesh.data if not tpu and mesh.data == len(islands) else 1
+        kind = mesh.tensor, mesh.context, mesh.expert, nodes
         if kind in found:
             continue
         try:
@@ -93,7 +95,7 @@ def _readable(paths: Sequence[str]) -> Iterator[Architecture]:
 
 def _check(config: Config, models: Sequence[Architecture], mesh: Mesh) -> None:
     """Raises ConfigError if a batch, a row or a weight cannot be cut over the mesh."""
-    check_batches(config, axis_size(mesh, "batch"))
+    spread_batches(config, axis_size(mesh, "batch"))
     check_row_tokens(config, axis_size(mesh, "time"))
     for arch in models:
         LanguageModel(arch, mesh=mesh).abstract()

@@ -105,28 +105,37 @@ class AverageState(NamedTuple):
     average: Any
 
 
-def _average(keep: float) -> optax.GradientTransformation:
-    """Passes updates on, and keeps the moving average of the parameters that they make."""
+def _average(keep: float) -> optax.GradientTransformationExtraArgs:
+    """Passes updates on, and keeps the moving average of the parameters that they make.
+
+    A step that is not `sound` leaves the average as it is.
+    """
 
     def init(params: Any) -> AverageState:
         return AverageState(jax.tree.map(lambda x: jnp.array(x, jnp.float32), params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
-        new = optax.apply_updates(params, updates)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, sound: Any = True, **_: Any
+    ) -> tuple[Any, AverageState]:
+        new, share = optax.apply_updates(params, updates), jnp.where(sound, keep, 1.0)
         average = jax.tree.map(
-            lambda old, x: keep * old + (1 - keep) * x.astype(jnp.float32), state.average, new
+            lambda old, x: share * old + (1 - share) * x.astype(jnp.float32), state.average, new
         )
         return updates, AverageState(average)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def result_of(params: Any, opt_state: Any) -> Any:
-    """What a training gives: the moving average in the parameters' dtype, else the parameters."""
+    """What a training gives: the moving average where and as the parameters are, or these."""
     average = optax.tree.get(opt_state, "average")
     if average is None:
         return params
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), average, params)
+
+    def alike(x: jax.Array, like: jax.Array) -> jax.Array:
+        return jax.device_put(x, like.sharding).astype(like.dtype)  # it may lie on the host
+
+    return jax.tree.map(alike, average, params)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:

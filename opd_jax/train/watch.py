@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.config_train import LoopConfig
+from opd_jax.core.distributed import from_first
 from opd_jax.model.transformer import Params
 from opd_jax.train import checkpoint
 from opd_jax.train.guard import Figures, Guard, Saturation, finite
@@ -111,6 +112,7 @@ class Watch:
         best = self.guard.best if self.guard is not None else None
         kept = None if best is None else best[1]
         over = self.stopped or steps == self.loop.steps
-        if self.guard and not over and kept not in checkpoint.complete_steps(self.directory):
+        there = from_first(str(kept in checkpoint.complete_steps(self.directory))) == "True"
+        if self.guard and not over and not there:
             self.guard.best = kept = None  # that later one has replaced it: the next evaluation is
         checkpoint.discard_others(self.directory, kept)

@@ -32,6 +32,9 @@ def loops(student, teacher, sampler, tau):
     error = (len(pairs) / (len(pairs) - 1) * squares) ** 0.5 / sum(w * n for w, _, n in pairs)
     return {
         "half_squared_advantage": sum(min(abs(g), tau) ** 2 for g in gaps) / 2 / len(gaps),
+        "abs_advantage": sum(min(abs(g), tau) for g in gaps) / len(gaps),
+        "large_advantage": sum(min(abs(g), tau) > 1 for g in gaps) / len(gaps),
+        "clipped": sum(abs(g) > tau for g in gaps) / len(gaps),
         "reverse_kl_estimate": -sum(gaps) / len(gaps),
         "w": sum(ws) / len(ws),
         "w_std": (sum(w * w for w in ws) / len(ws) - (sum(ws) / len(ws)) ** 2) ** 0.5,

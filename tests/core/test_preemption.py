@@ -1,7 +1,12 @@
 """SIGTERM among several processes is seen whenever it comes."""
 
+import contextlib
+
 import pytest
 from processes import run_two
+
+from opd_jax.core.preemption import Preemption
+from opd_jax.errors import Preempted
 
 TELL = """
 import os, signal, time
@@ -35,3 +40,12 @@ def test_a_notice_before_a_training_is_seen_by_it(before, tmp_path):
         came, asked = said.split()
         assert came == "True"
         assert int(asked) <= 2
+
+
+def test_a_notice_that_work_within_has_used_up_came():
+    """As sampling does among several processes: it asks, and ends by itself."""
+    with Preemption() as notice:
+        with contextlib.suppress(Preempted), notice.raised(wanted=False):
+            raise Preempted("SIGTERM")
+        notice.ask()
+        assert notice.came

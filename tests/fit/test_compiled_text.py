@@ -1,6 +1,8 @@
 # ruff: noqa: E501  (lines as XLA writes them)
 """What is read from XLA's text of a compiled program: loops, collectives, memory traffic."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from opd_jax.fit.collectives import (
@@ -14,6 +16,7 @@ from opd_jax.fit.collectives import (
 from opd_jax.fit.compiling import said_bytes
 from opd_jax.fit.hlo import Instruction, array_bytes, executed, parse_module
 from opd_jax.fit.traffic import memory_traffic
+from opd_jax.model.experts import Weights, expected_blocks, product_on
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 2}
 TEXT = """
@@ -289,3 +292,38 @@ def test_a_refusal_names_the_memory_that_it_would_take(problem, gib):
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         parse_module("HloModule empty")
+
+
+def test_the_loops_over_blocks_of_experts_run_as_often_as_is_expected():
+    """Forward and backward, each within a loop whose end XLA does not know."""
+    experts, tokens, d, f = 8, 64, 4, 6
+    shapes = [(experts, d, f), (experts, d, f), (experts, f, d)]
+    weights = Weights(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes))
+    x_td = jax.ShapeDtypeStruct((tokens, d), "float32")
+    product = product_on("cpu", 2 * tokens, experts)  # two experts a token: 16 pairs each, by 8
+
+    def grads(times, x_td, weights):
+        expert_ts = jnp.argsort(x_td @ weights.gate_edf[:, :, 0].T)[:, :2]
+
+        def loss(weights):
+            return jnp.sum(product(x_td, jnp.ones((tokens, 2)), expert_ts, weights) ** 2)
+
+        def step(_, weights):
+            return jax.tree.map(jnp.subtract, weights, jax.grad(loss)(weights))
+
+        return jax.lax.fori_loop(0, times, step, weights)
+
+    shaped = jax.ShapeDtypeStruct((), "int32"), x_td, weights
+    module = parse_module(jax.jit(grads).lower(*shaped).compile().as_text())
+    found = [(where.name, x, n) for where, x, n in executed(module, 3)]
+    loops = [x for _, x, _ in found if x.opcode == "while" and module.trips(x) == 20]
+    assert len(loops) == 2  # 8 experts x (16 / 8 + 1 / 2) blocks
+    bodies = {x.called[0] for x in loops}
+    assert {n for name, _, n in found if name in bodies} == {3 * 20}
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "blocks"), [(16, 8, 2.5), (8, 8, 1.5), (0.5, 8, 0.39347), (0, 8, 0)]
+)
+def test_expected_blocks_of_an_expert(share, rows, blocks):
+    assert expected_blocks(share, rows) == pytest.approx(blocks, abs=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from opd_jax.core.peak import peak_flops
 from opd_jax.errors import ConfigError
 from opd_jax.fit.hardware import CARDS, TPUS, card_text
-from opd_jax.fit.targets import SHAPES, candidates, parse_target
+from opd_jax.fit.targets import SHAPES, candidates, larger, parse_target
 from opd_jax.fit.topology import environment
 
 GOOD = {
@@ -96,7 +96,7 @@ def test_a_cards_text_holds_its_figures():
 
 def test_auto_tries_small_slices_first():
     assert candidates("auto")[:3] == ["v5e:1x1", "v5e:2x2", "v5e:2x4"]
-    assert candidates("auto:h200") == ["h200:1", "h200:2", "h200:4", "h200:8"]
+    assert candidates("auto:h200") == [f"h200:{n}" for n in (1, 2, 4, 8, 16, 32)]
     counts = [parse_target(name).count for name in candidates("auto:v5p")]
     assert counts == sorted(counts)
     assert counts[-1] == 256
@@ -125,3 +125,17 @@ def test_every_kind_of_slice_and_card_has_as_many_devices_as_it_is_named_for():
         target = parse_target(name)
         assert int(count) == target.count, name
         assert kind == target.device.kind, name
+
+
+@pytest.mark.parametrize(
+    ("target", "next_one"),
+    [
+        ("v5e-8", "v5e:4x4"),
+        ("v5p-16", "v5p:2x2x4"),
+        ("h100:8", "h100:16"),
+        ("v5e-256", None),
+        ("2xv5e-16", None),
+    ],
+)
+def test_the_next_larger_target(target, next_one):
+    assert larger(parse_target(target)) == next_one

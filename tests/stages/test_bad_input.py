@@ -173,7 +173,8 @@ def test_a_corrected_command_goes_on_after_a_stage_that_wrote_nothing(refused, t
 def test_batches_that_the_devices_cannot_share(refused):
     text = refused("mesh.fsdp=-1", "sft.batch_size=6")
     assert "sft.batch_size=6 is not divisible over 4 devices" in text
-    text = refused("mesh.fsdp=4", "train.runs.opd.micro_batch_size=2")
+    balance = "train.runs.opd.router_balance=0.1"  # that of each micro-batch
+    text = refused("mesh.fsdp=4", "train.runs.opd.micro_batch_size=2", balance)
     assert "train.runs.opd.micro_batch_size=2 is not divisible over 4 devices" in text
 
 

@@ -83,6 +83,17 @@ def test_what_cannot_tell_two_states_apart_leaves_it_to_the_next_judge():
     assert guard.look(2, {**near, "fresh_accuracy": 0.8, **far}).best
 
 
+def test_ever_worse_states_do_not_follow_each_other_as_the_best():
+    """Each is within the noise of the one before."""
+    guard = Guard(GuardConfig(action="stop", patience=2), limited=False)
+    accuracies = (0.81, 0.72, 0.62, 0.53, 0.44)
+    for steps, accuracy in enumerate(accuracies):
+        guard = Guard.restored(guard.config, json.loads(json.dumps(guard.state())), limited=False)
+        verdict = guard.look(steps, {"fresh_accuracy": accuracy, "fresh_accuracy_stderr": 0.07})
+    assert verdict.stop
+    assert guard.best[1] == 1
+
+
 def test_the_weighted_reverse_kl_judges_nothing():
     """It falls while the student is lost (docs/method.md)."""
     guard = Guard(GuardConfig())

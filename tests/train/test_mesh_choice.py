@@ -33,14 +33,18 @@ def test_fsdp_takes_all_devices_where_rows_and_widths_allow(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sizes", "chosen"),
     [
-        (("sft.micro_batch_size=2",), {}, MeshConfig(fsdp=2, tensor=2)),
+        (("sft.batch_size=2", "sft.micro_batch_size=2"), {}, MeshConfig(fsdp=2, tensor=2)),
         (
-            ("sft.micro_batch_size=2",),
+            ("sft.batch_size=2", "sft.micro_batch_size=2"),
             {"num_attention_heads": 3, "num_key_value_heads": 1},
             MeshConfig(fsdp=2, context=2),
         ),
         ((), {"hidden_size": 66}, MeshConfig(data=2, fsdp=2)),
-        (("sft.micro_batch_size=1",), {}, MeshConfig(fsdp=1, tensor=2, context=2)),
+        (
+            ("sft.batch_size=1", "sft.micro_batch_size=1"),
+            {},
+            MeshConfig(fsdp=1, tensor=2, context=2),
+        ),
     ],
     ids=["too few rows", "heads that cannot be cut", "an odd width", "one row"],
 )
@@ -95,3 +99,5 @@ def test_a_mixtures_experts_go_to_the_devices_of_a_node(tmp_path):
     assert choices(many, slices(1, (4, 4, 1)), 1) == [MeshConfig(fsdp=16)]
     dense = config_with(tmp_path)
     assert choices(dense, jax.devices(), 1) == [MeshConfig(fsdp=4)]
+    # Across nodes a copy in each is worth a look, on slices of a TPU it is settled before.
+    assert choices(dense, nodes(2), 2) == [MeshConfig(fsdp=16), MeshConfig(data=2, fsdp=8)]

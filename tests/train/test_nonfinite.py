@@ -67,15 +67,19 @@ def assert_finite(tree):
 
 
 def test_stop_names_the_records_and_the_checkpoint_is_from_before(tmp_path):
+    folder = tmp_path / "opd"
     with pytest.raises(DataError) as caught:
-        train(tmp_path, bad={2})
+        train(folder, bad={2})
+    named = tmp_path / "opd.step2.txt"
     assert str(caught.value) == (
         "step 2: loss nan, gradient norm nan, update ratio 0, of 'p2'/0, 'p2'/1, 'p2'/2 and 2 "
-        f"more; the last checkpoint in {tmp_path} is from before; lower optim.learning_rate and "
-        "redo the stage with --force, or set on_nonfinite=skip to leave such steps out"
+        f"more (all in {named}); the last checkpoint in {folder} is from before; lower "
+        "optim.learning_rate and redo the stage with --force, or set on_nonfinite=skip to leave "
+        "such steps out"
     )
-    assert checkpoint.complete_steps(tmp_path) == [1, 2]
-    assert_finite(state_of(tmp_path, 2))
+    assert named.read_text().split() == [f"'p2'/{i}" for i in range(5)]
+    assert checkpoint.complete_steps(folder) == [1, 2]
+    assert_finite(state_of(folder, 2))
 
 
 def test_skip_leaves_the_parameters_as_they_were_and_goes_on_and_so_does_a_resumed_run(

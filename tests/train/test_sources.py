@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from models import tiny
@@ -9,6 +10,8 @@ from opd_jax.data.loader import step_order
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store
 from opd_jax.errors import ConfigError, DataError
+from opd_jax.sampling.collect import requests_for, to_record
+from opd_jax.sampling.sampler import SamplingJob, generate
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.sources import (
     LiveTeacher,
@@ -18,6 +21,7 @@ from opd_jax.train.sources import (
     sft_source,
     support_size,
 )
+from opd_jax.train.step import Objective, gradients
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,35 @@ def test_online_batches_follow_the_offline_order_of_prompts_and_samples():
         np.testing.assert_allclose(batch["teacher_bt"], batch["sampler_bt"], atol=1e-4)
         seen |= {tuple(row) for row in batch["target_bt"].tolist() if any(row)}
     assert len(seen) > 6  # two samples of a prompt differ, and so do two steps
+
+
+def test_the_first_online_step_is_the_offline_one(tmp_path):
+    """The same samples, scores, loss and gradient: only where later samples come from differs."""
+    model, params = tiny()
+    teacher = jax.tree.map(lambda x: 1.3 * x, params)
+    prompts = [(f"p{i}", [i + 1, i + 1]) for i in range(3)]
+    sampling = SamplingConfig(max_new_tokens=4, samples_per_prompt=2, slots=4)
+    scorer = Scorer(model, teacher, batch_tokens=16)
+    run = TrainRun(algorithm="opd", batch_size=4, steps=1, save_every=1)
+    live = LiveTeacher(model, scorer, prompts, sampling, end_ids=(0,), seed=5, text=str)
+    online = online_source(live, run, Packing(5)).start(0)(0, lambda: params)
+
+    store = create_store(tmp_path / "s", {})
+    job = SamplingJob(model, params, sampling, (0,), seed=5)
+    with store.writer() as writer:
+        for sample in generate(job, requests_for(prompts, 2)):
+            writer.append(to_record(sample))
+    snapshot, scores = store.freeze(), store.create_pass("t", {})
+    with scores.writer(snapshot) as writer:
+        for i, found in enumerate(scorer.score_all(snapshot.read_many(range(6)), 5)):
+            writer.append(i, found)
+    (offline,) = steps_of(offline_source(snapshot, scores, range(6), run, Packing(5), seed=5), 0, 1)
+
+    step = jax.jit(gradients, static_argnums=(0, 1, 4))
+    ends = [step(model, Objective("sampled"), params, x, 1) for x in (online, offline)]
+    assert float(ends[0][1].sums["abs_advantage"]) > 0.1
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_samples_for_several_steps_are_those_of_single_steps():

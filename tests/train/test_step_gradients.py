@@ -11,7 +11,7 @@ from models import tiny
 from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.data.collate import Scored, best_fit
 from opd_jax.data.records import Record, Scores
-from opd_jax.train.optimizer import make_optimizer
+from opd_jax.train.optimizer import make_optimizer, result_of
 from opd_jax.train.sources import Packing
 from opd_jax.train.step import Objective, gradients, init_state, make_train_step
 
@@ -100,13 +100,14 @@ def test_a_step_that_is_not_finite_changes_no_parameter(ema):
     step = make_train_step(model, Objective("sampled"), optimizer, 1)
     batch = packed((1, 3))
     state, _ = step(init_state(model, optimizer, params), batch)
-    before = jax.device_get(state.params)
+    before = jax.device_get((state.params, result_of(state.params, state.opt_state)))
     bad = {**batch, "teacher_bt": np.full_like(batch["teacher_bt"], np.nan)}
     state, metrics = step(state, bad)
     assert not np.isfinite(metrics["loss"])
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
+    after = state.params, result_of(state.params, state.opt_state)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
     state, metrics = step(state, batch)
     assert np.isfinite(metrics["loss"])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.opt_state))
-    assert not np.array_equal(before["embed"], state.params["embed"])
+    assert not np.array_equal(before[0]["embed"], state.params["embed"])
