@@ -115,7 +115,8 @@ class RoundRollouts:
         self._at = {i: records[key] for i, key in enumerate(wanted) if key in records}
         kept = [self._at[i] for i in self.plan.kept]
         if kept:
-            self._probe: Probe = rollout_probe(self.ctx, *rollouts, kept, self.run.tau)
+            found = rollout_probe(self.ctx, self.run, self.packing, rollouts, kept)
+            self._probe: Probe = found
 
     def _start(self, _step: int) -> NextBatch:
         opened, following = -1, None

@@ -128,7 +128,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
         packing = _packing(ctx, config, longest, support)
         source = offline_source(snapshot, scores, members, config, packing, ctx.seed("train"))
         if kept:
-            probes.append(rollout_probe(ctx, snapshot, scores, kept, config.tau))
+            probes.append(rollout_probe(ctx, config, packing, (snapshot, scores), kept))
     else:
         drawn = RoundRollouts(ctx, name, rounds, Rollouts(snapshot, scores), support)
         source = drawn.source()

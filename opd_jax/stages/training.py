@@ -111,6 +111,7 @@ SHOWN = {
     "heldout_nll": "held-out NLL {:.4f}",
     "heldout_gap": "over the teacher's own {:+.4f}",
     "heldout_half_squared_advantage": "held-out A^2/2 {:.4f}",
+    "heldout_topk_kl": "held-out top-k KL {:.4f}",
     "heldout_w_std": "w std {:.3f}",
     "heldout_token_log_w": "log W per token {:.3f}",
     "heldout_iw_reverse_kl": "weighted reverse KL {:.4f}",

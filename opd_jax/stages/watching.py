@@ -16,7 +16,10 @@ from opd_jax.evals.graders import grade
 from opd_jax.stages.common import thought_and_answer
 from opd_jax.stages.context import EncodedPrompt, RunContext
 from opd_jax.teacher.score import Scorer
+from opd_jax.train.jobs import objective_of
+from opd_jax.train.objective_probe import TopKProbe
 from opd_jax.train.probes import FreshProbe, HeldOutProbe, Probe
+from opd_jax.train.sources import Packing
 
 
 def tell_if_unwatched(stage: str, run: TrainRun, kept: Sequence[int]) -> None:
@@ -45,11 +48,20 @@ def tell_if_unwatched(stage: str, run: TrainRun, kept: Sequence[int]) -> None:
 
 
 def rollout_probe(
-    ctx: RunContext, snapshot: Snapshot, scores: TeacherPass, kept: Sequence[int], tau: float
-) -> HeldOutProbe:
-    """The figures of held-out rollouts."""
-    scored = map(Scored, snapshot.read_many(kept), scores.read_many(snapshot, kept))
-    return HeldOutProbe(ctx.program("student"), list(scored), tau, ctx.config.score.batch_tokens)
+    ctx: RunContext,
+    run: TrainRun,
+    packing: Packing,
+    rollouts: tuple[Snapshot, TeacherPass],
+    kept: Sequence[int],
+) -> Probe:
+    """The figures of held-out rollouts, the top-k objective among them if the run has it."""
+    (snapshot, scores), student = rollouts, ctx.program("student")
+    scored = [*map(Scored, snapshot.read_many(kept), scores.read_many(snapshot, kept))]
+    probe = HeldOutProbe(student, scored, run.tau, ctx.config.score.batch_tokens)
+    if run.objective != "topk":
+        return probe
+    topk = TopKProbe(student, objective_of(run), scored, packing)
+    return lambda params: probe(params) | topk(params)
 
 
 def fresh_probe(

@@ -5,12 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny
 
-from opd_jax.config import SamplingConfig
+from opd_jax.config import MeshConfig, SamplingConfig
+from opd_jax.core.mesh import make_mesh
 from opd_jax.data.collate import Scored
 from opd_jax.data.records import Record, Scores
 from opd_jax.errors import DataError
 from opd_jax.teacher.score import Scorer
+from opd_jax.train.objective_probe import TopKProbe
 from opd_jax.train.probes import AnswerProbe, FreshProbe, HeldOutProbe, held_out
+from opd_jax.train.sources import Packing
+from opd_jax.train.step import Objective
 
 
 @settings(max_examples=40, deadline=None)
@@ -54,6 +58,31 @@ def test_held_out_figures_of_the_sampler_itself_are_at_rest():
     assert figures["heldout_reverse_kl_estimate"] == pytest.approx(0.5, abs=1e-4)
     assert figures["heldout_half_squared_advantage"] == pytest.approx(0.125, abs=1e-4)
     assert 0 < figures["heldout_entropy"] < np.log(64)
+
+
+def test_the_top_k_objective_on_held_out_rollouts_is_that_of_a_hand_count():
+    """In three micro-batches, the last of them not full, and on a mesh."""
+    model, params = tiny()
+    teacher = jax.tree.map(lambda x: 1.3 * x, params)
+    found = records(model, params, 5)
+    scores = Scorer(model, teacher, top_k=4, batch_tokens=32).score_all(found, 16)
+    scored = [*map(Scored, found, scores)]
+    total = tokens = 0
+    for record, score in zip(found, scores, strict=True):
+        ids = np.concatenate([record.prompt_ids, record.response_ids])[None]
+        out = model.forward(params, ids, np.arange(ids.shape[1])[None])
+        logits = np.asarray(out.hidden_btd @ out.head_vd.T, np.float64)[0]
+        p = np.exp(logits[len(record.prompt_ids) - 1 : -1])
+        p = np.take_along_axis(p, score.topk_ids, 1)
+        q = np.exp(np.float64(score.topk_logprob))
+        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+        total, tokens = total + np.sum(p * np.log(p / q)), tokens + len(p)
+    objective = Objective("topk")
+    for ways, mesh in ((1, None), (2, make_mesh(MeshConfig(fsdp=2, tensor=2)))):
+        model, params = tiny(mesh)
+        probe = TopKProbe(model, objective, scored, Packing(10, 2, ways, support=4))
+        assert probe(params)["heldout_topk_kl"] == pytest.approx(total / tokens, rel=1e-4)
+    assert total / tokens > 0.01
 
 
 def test_the_teacher_s_own_answers_have_no_gap():
