@@ -55,7 +55,8 @@ class LoopConfig(Frozen):
     batch_size: int = Field(default=256, ge=1)
     """Sequences per optimizer step (packed rows for SFT), over all devices."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Packed rows per forward pass; gradients are accumulated. `None`: the whole batch at once."""
+    """Packed rows per forward pass, at least one for each device; gradients are accumulated.
+    `None`: the whole batch at once."""
     save_every: int = Field(default=50, ge=1)
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations; `None`: a tenth of them."""

@@ -23,10 +23,9 @@ def drift(student: Rows, teacher: Rows, sampler: Rows, tau: float) -> dict[str, 
         per token: `half_squared_advantage`, `abs_advantage`, the shares `large_advantage` (above 1)
         and `clipped` (above tau) of its absolute value, `reverse_kl_estimate` (mean of
         log pi_theta - log pi_T, unweighted), mean `w` and `w_std`. Per response: mean `log_w`
-        (natural log of W), mean
-        `token_log_w` (the same divided by the response's tokens), `effective_share`
-        ((sum W)^2 / (n sum W^2)), `chi2` (mean of W^2 / (mean W)^2 - 1), and `iw_reverse_kl`, the
-        self-normalised weighted mean, nats per token:
+        (natural log of W), mean `token_log_w` (the same divided by the response's tokens),
+        `effective_share` ((sum W)^2 / (n sum W^2)), `chi2` (mean of W^2 / (mean W)^2 - 1), and
+        `iw_reverse_kl`, the self-normalised weighted mean, nats per token:
         sum W (log pi_theta - log pi_T) / sum W tokens, with its linearised standard error
         `iw_reverse_kl_stderr` (NaN for one response).
 

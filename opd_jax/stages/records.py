@@ -6,6 +6,7 @@ under way and what it took so far, earlier, interrupted tries included.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -36,12 +37,14 @@ def write_json(path: Path, value: Any) -> None:
     """
     if not is_first():
         return
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise unwritable(path, error) from error
 
 

@@ -134,3 +134,13 @@ def test_weights_and_biases_without_its_package_says_what_to_install(tmp_path, m
     with pytest.raises(ConfigError, match=r"wandb=demo, but .* pip install wandb"):
         write(tmp_path, 0, 1, wandb="demo")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line_with_the_file(tmp_path):
+    with MetricsWriter(tmp_path, "train", "opd") as writer:
+        writer.write(0, {"loss": 1.0})
+        writer._file.close()
+        writer._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+        with pytest.raises(DataError, match=r"/dev/full: cannot be written \(No space left on dev"):
+            writer.write(1, {"loss": 1.0})
+    assert steps(tmp_path) == [0]

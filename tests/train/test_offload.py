@@ -10,7 +10,7 @@ from opd_jax.config import MeshConfig
 from opd_jax.config_train import LoopConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.train import checkpoint
-from opd_jax.train.optimizer import make_optimizer
+from opd_jax.train.optimizer import make_optimizer, result_of
 from opd_jax.train.step import abstract_state, init_state
 
 VARIANTS = [{}, {"moments": "int8", "ema": 0.5}, {"moments": "bfloat16"}]
@@ -67,3 +67,11 @@ def test_what_is_shaped_like_parameters_lies_on_the_host_and_checkpoints_fit_bot
             )
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_the_average_comes_back_to_where_the_parameters_are():
+    model, params = tiny(make_mesh(MeshConfig(fsdp=2, tensor=2)), num_layers=1)
+    state = init_state(model, optimizer_of(model, True, ema=0.5), params)
+    for x, like in zip(*map(jax.tree.leaves, (result_of(*state[:2]), params)), strict=True):
+        assert x.sharding == like.sharding
+        assert x.sharding.memory_kind == "device"
