@@ -115,7 +115,7 @@ def test_blocks_follow_an_experts_share():
 def test_tpus_alone_have_grouped_products():
     assert product_on("tpu", 100, 4) is in_groups
     for platform in ("cpu", "gpu"):
-        assert product_on(platform, 16384, 64).keywords == {"rows": 128}
+        assert product_on(platform, 16384, 64).keywords == {"rows": 128, "each": 2.5}
 
 
 def temporary_bytes(experts, dtype):
