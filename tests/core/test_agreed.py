@@ -39,4 +39,4 @@ def test_two_look_until_they_see_the_same(tmp_path):
     for output in run_two(LATE, tmp_path):
         same, error = output.splitlines()[-2:]
         assert same == "True 3"
-        assert error.startswith("here: after 0 s hosts still see different commits in it; put it")
+        assert error.startswith("here: after 0 s hosts still see different files there; put it")

@@ -243,7 +243,7 @@ def test_a_score_that_is_nan_names_its_records_and_can_be_skipped(
     line = capsys.readouterr().err.strip()
     assert line.startswith("opd_jax: error: step 2: loss nan, gradient norm nan, update ratio 0")
     named = re.search(
-        r", of ('opd-\d+'/0, ){2}'opd-\d+'/0 and 5 more; the last checkpoint in", line
+        r", of ('opd-\d+'/0, ){2}'opd-\d+'/0 and 5 more \(all in (\S+)\); the", line
     )
     assert named is not None
     assert "\n" not in line
