@@ -242,9 +242,7 @@ def test_a_score_that_is_nan_names_its_records_and_can_be_skipped(
     assert main(words) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("opd_jax: error: step 2: loss nan, gradient norm nan, update ratio 0")
-    named = re.search(
-        r", of ('opd-\d+'/0, ){2}'opd-\d+'/0 and 5 more \(all in (\S+)\); the", line
-    )
+    named = re.search(r", of ('opd-\d+'/0, ){2}'opd-\d+'/0 and 5 more \(all in (\S+)\); the", line)
     assert named is not None
     assert "\n" not in line
     assert max(int(path.name) for path in (run_dir / STATE).iterdir()) == 2
