@@ -145,9 +145,10 @@ def test_what_is_too_large_exits_with_3_and_says_so(tmp_path, capsys):
     (step,) = report["programs"]
     assert step["free_bytes"] < 0
     assert step["needed_bytes"] > 12 * 2 * 3 * 16384 * 98304
-    smaller, _ = report["tries"]
+    smaller, _, more = report["tries"]
     assert smaller["change"] == "train.runs.opd.micro_batch_size=1"
     assert not smaller["fits"]
+    assert more["change"].endswith("optim.offload=true, on h100:2")
     said = capsys.readouterr().out
     assert "does not fit" in said
     assert "h100:1: does not fit" in said
