@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,23 +131,26 @@ def run_training(
 
     done = int(state.step)
     run = _Run(job, log, source, past, watch, done)
+    if not done:
+        run.evaluate(0, functools.partial(model_of, state))
     with Preemption() as notice, closing(run.trace), Saver(job.directory, job.keep) as saver:
-        # A draw of rollouts or an evaluation takes minutes; what is done of it can be given up.
-        with suppress(Preempted):
-            run.evaluate(done, functools.partial(model_of, state), notice)
         while not run.over(done):
-            try:
+            try:  # a draw of rollouts takes minutes; what is done of it can be given up
                 with notice.raised(done % source.stride == 0):
                     batch = run.wait(done, functools.partial(whole, state.params))
-                state, metrics = step_fn(state, _put(job.model, batch), *frozen)
-                run.began(done, batch, metrics)
-                saver.settle()
-                done += 1
-                notice.ask()
-                run.evaluate(done, functools.partial(model_of, state), notice)
             except Preempted:
                 break
-            run.turn_or_save(saver, done, state)
+            state, metrics = step_fn(state, _put(job.model, batch), *frozen)
+            run.began(done, batch, metrics)
+            saver.settle()
+            done += 1
+            notice.ask()
+            run.evaluate(done, functools.partial(model_of, state))
+            turned = watch is not None and watch.turn(done)
+            if turned or run.over(done) or done % job.loop.save_every == 0:
+                run.save(saver, done, state)
+            if turned:  # a round is drawn from a state that is there
+                saver.finish()
             if notice.came and done % source.stride == 0:
                 break
         if notice.came and run.saved < done:
@@ -209,26 +212,12 @@ class _Run:
         """Whether the step before was the last."""
         return done == self.job.loop.steps or (self.watch is not None and self.watch.stopped)
 
-    def evaluate(self, done: int, params: Callable[[], Params], notice: Preemption) -> None:
-        """Evaluate if it is time to, or was and SIGTERM came.
-
-        Raises:
-            Preempted: the notice came and the run can go on from here; nothing was evaluated.
-        """
-        if self.watch is not None and self.watch.missed(done):
+    def evaluate(self, done: int, params: Callable[[], Params]) -> None:
+        """Evaluate if it is time to."""
+        if self.watch is not None and self.watch.due(done):
             self.flush()
-            # What begins a round is the evaluation and what follows it, saved as one.
-            can_go_on = done % self._source.stride == 0 and self.watch.rounds is None
-            self.watch.look(done, params(), notice.raised(can_go_on))
+            self.watch.look(done, params())
             self.meter.pause()
-
-    def turn_or_save(self, saver: Saver, done: int, state: TrainState) -> None:
-        """Begin a round or save, if it is time to."""
-        turned = self.watch is not None and self.watch.turn(done)
-        if turned or self.over(done) or done % self.job.loop.save_every == 0:
-            self.save(saver, done, state)
-        if turned:  # a round is drawn from a state that is there
-            saver.finish()
 
     def save(self, saver: Saver, done: int, state: TrainState) -> None:
         """Begin to save the state after so many steps."""

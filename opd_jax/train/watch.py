@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ class Watch:
         guard: judges the figures of OPD; `None`: nothing to judge.
         saturation: judges those of SFT.
         rounds: which of them begin when; `None`: the run has one.
-        looked: the steps done at the last evaluation.
     """
 
     loop: LoopConfig
@@ -41,7 +39,6 @@ class Watch:
     saturation: Saturation | None = None
     rounds: Rounds | None = None
     stopped: bool = field(default=False, init=False)
-    looked: int = field(default=-1, init=False)
     _drifted: bool = field(default=False, init=False)
 
     def due(self, steps: int) -> bool:
@@ -49,23 +46,11 @@ class Watch:
         every = self.loop.eval_every or max(self.loop.steps // 10, 1)
         return bool(self.probes) and (steps % every == 0 or steps == self.loop.steps)
 
-    def missed(self, steps: int) -> bool:
-        """Whether an evaluation after so many steps was due and has not been finished."""
-        return self.due(steps) and self.looked < steps
-
-    def look(
-        self, steps: int, params: Params, within: AbstractContextManager[None] | None = None
-    ) -> None:
-        """Evaluate, keep the state if it is the best, and decide whether to go on.
-
-        Args:
-            within: entered while it is measured; if that is cut off, nothing has changed.
-        """
+    def look(self, steps: int, params: Params) -> None:
+        """Evaluate, keep the state if it is the best, and decide whether to go on."""
         figures: Figures = {}
-        with within or nullcontext():
-            for probe in self.probes:
-                figures |= probe(params)
-        self.looked = steps
+        for probe in self.probes:
+            figures |= probe(params)
         warnings: list[str] = []
         if self.saturation is not None and steps > self.loop.optim.warmup_steps:
             flat = self.saturation.look(figures["heldout_gap"])
@@ -104,7 +89,6 @@ class Watch:
         """What `restore` needs, as JSON values."""
         return {
             "stopped": self.stopped,
-            "looked": self.looked,
             "guard": None if self.guard is None else self.guard.state(),
             "gaps": None if self.saturation is None else self.saturation.gaps,
             "rounds": None if self.rounds is None else self.rounds.state(),
@@ -117,7 +101,6 @@ class Watch:
         """
         if state is not None:
             self.stopped = state["stopped"]
-            self.looked = state["looked"]
             if self.guard is not None:
                 self.guard = Guard.restored(
                     self.guard.config, state["guard"], limited=self.guard.limited
