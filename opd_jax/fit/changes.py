@@ -48,8 +48,7 @@ def steps_of(name: str) -> tuple[Step, ...]:
 
     Of a train step: full rematerialisation, then fewer rows a micro-batch, the fewest there can be,
     then moments in the host's memory, which costs transfers but leaves the mesh, then `fsdp` over
-    all devices. Of
-    scoring and sampling: batches or slots that are a quarter, then `fsdp`.
+    all devices. Of scoring and sampling: batches or slots that are a quarter, then `fsdp`.
     """
     trains = name.partition(".")[0] in ("sft", "train")
     return (_remat, _micro, _fewest, _offload, _fsdp) if trains else (_quarter, _fsdp)
