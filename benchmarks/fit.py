@@ -20,7 +20,8 @@ rematerialisation and flash attention: arguments and temporaries, as compiled fo
 same shapes, and float32 moments as it has.
 
 The other rows `*.qwen3_8b` are the same step on more and more devices: how memory and bytes sent
-of a device change from one slice to the next is printed below the table.
+of a device change from one slice to the next is printed below the table, and what grows by more
+than a tenth.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -188,12 +190,17 @@ def figures(found, program):
         "sent": sent / 2**30,
         "step": program.time.seconds if program.time else float("nan"),
         "compile": program.compile_seconds,
+        "parts": {name: size / 2**30 for name, size in program.parts.items()},
+        "sent_by": {f"{x.kind} {x.axes}": x.sent_bytes / 2**30 for x in program.collectives},
     }
 
 
 def versions():
-    """Of the compilers."""
-    return {name: version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
+    """Of the compilers, and of this project."""
+    revision = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(revision, capture_output=True, text=True, check=False)
+    found = {name: version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
+    return {**found, "revision": done.stdout.strip()}
 
 
 def recorded():
@@ -232,6 +239,11 @@ def print_scaling(rows):
             old, new = (rows[f"{name}.qwen3_8b"] for name in (before, after))
             print(f"{before} -> {after}: memory x {new['gib'] / old['gib']:.2f}, "
                   f"sent x {new['sent'] / old['sent']:.2f}")  # fmt: skip
+            for total, by in (("gib", "parts"), ("sent", "sent_by")):
+                if new[total] > 1.1 * old[total] and by in new and by in old:
+                    grown = {key: new[by][key] - old[by].get(key, 0) for key in new[by]}
+                    most = max(grown, key=lambda key: grown[key])
+                    print(f"  grows most: {most}, by {grown[most]:.2f} GiB")
 
 
 def main():

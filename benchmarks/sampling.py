@@ -11,6 +11,9 @@ that it was given. Only tokens that were asked for count.
     single   one prompt of 64 tokens, 64 tokens
     first    the same prompt, one token: the time to the first token
 
+`shared` is ours alone: 4 prompts of 300 to 500 tokens, each with 16 samples that read its keys and
+values from one place, against a copy for each sample; responses as in `ragged`, 16 slots.
+
 `slots.N` is ours alone with N prompts of 64 tokens and 64 tokens each in N slots. Its share of the
 bandwidth bound compares with reading every weight once per step as fast as a plain sum reads.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -28,11 +32,13 @@ from sides import Side, alternate, arguments, ratio, serve
 
 BATCH = 16
 SLOTS = (1, 4, 16, 64)
+SHARED = ("shared", "copied")
+SAMPLES = 16  # of each prompt there
 READ_FLOATS = 100 * 2**20
 
 
 def work(what):
-    """Prompts and the lengths of their responses."""
+    """Prompts and the lengths of their responses, one after the other."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -42,6 +48,9 @@ def work(what):
         sizes, lengths = sizes[:BATCH], np.full(BATCH, 64)
     elif what in ("single", "first"):
         sizes, lengths = np.array([64]), np.array([64 if what == "single" else 1])
+    elif what in SHARED:
+        sizes = rng.integers(300, 501, 4)
+        lengths = np.resize(lengths, SAMPLES * len(sizes))
     elif what.startswith("slots"):
         count = int(what.partition(".")[2])
         sizes, lengths = np.full(count, 64), np.full(count, 64)
@@ -55,19 +64,27 @@ def ours(folder, what):
     from opd_jax.model.decode import split_layers
     from opd_jax.model.load import read_model
     from opd_jax.sampling import engine
+    from opd_jax.sampling.plan import plan_cache
     from opd_jax.sampling.queue import Request
     from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 
     model, params = read_model(folder)
     prompts, lengths = work(what)
     slots = int(what.partition(".")[2] or BATCH) if what.startswith("slots") else BATCH
+    each = len(lengths) // len(prompts)
+    settings = [SamplingConfig(max_new_tokens=n, min_new_tokens=n) for n in lengths]
     requests = [
-        Request(str(i), 0, ids, SamplingConfig(max_new_tokens=n, min_new_tokens=n))
-        for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
+        Request(str(i // each), i % each, prompts[i // each], x) for i, x in enumerate(settings)
     ]
     split = split_layers(model, params)
     job = SamplingJob(model, params, SamplingConfig(slots=slots), (), 0, split=split)
     plan = plan_for(job, requests)
+    assert (plan.program.pages.prompts is not None) == (what in SHARED)
+    if what == "copied":
+        sizes = [len(r.prompt_ids) for r in requests]
+        cache = plan_cache(model, slots, sizes, lengths, lengths)
+        program = replace(plan.program, pages=cache.pages)
+        plan = replace(plan, program=program, cache=cache)
     cached = (engine.empty_state, engine.prefill, engine.start, engine.decode_round, split_layers)
 
     def sample():
@@ -198,9 +215,24 @@ def over_slots(folder, rounds):
     return found
 
 
+def sharing(folder, rounds):
+    """Ours alone, with the keys and values of a prompt once, and with a copy in each slot."""
+    shared, copied = sides = [Side(__file__, "ours", folder, what) for what in SHARED]
+    alternate(sides, rounds)
+    print(f"\nshared: 16 samples for each of 4 prompts, {rounds} rounds, medians")
+    for what, side in zip(SHARED, sides, strict=True):
+        rate = side.values[0]["tokens"] / median(side.seconds)
+        print(f"  {what:6} {rate:7.1f} tokens/s  cache {side.values[0]['cache'] / 2**20:6.1f} MiB")
+    return {
+        "shared.ratio": ratio(shared, copied),
+        "shared.cache_ratio": shared.values[0]["cache"] / copied.values[0]["cache"],
+        "shared.tokens_per_second": shared.values[0]["tokens"] / median(shared.seconds),
+    }
+
+
 def main():
     compared = ("first", "single", "static", "ragged")
-    given = arguments(__doc__, SIDES, 3, (*compared, "slots"))
+    given = arguments(__doc__, SIDES, 3, (*compared, "slots", "shared"))
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch))
@@ -209,6 +241,8 @@ def main():
                 found |= compare(scratch, what, given.rounds)
         if given.only in (None, "slots"):
             found |= over_slots(scratch, given.rounds)
+        if given.only in (None, "shared"):
+            found |= sharing(scratch, given.rounds)
     report("sampling", found)
 
 

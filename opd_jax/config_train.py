@@ -182,6 +182,11 @@ class TrainRun(LoopConfig):
     refresh: RefreshConfig | None = None
     """`lightning_opd`: sample and score anew on the way; `None`: never."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether it samples while it trains, and asks the teacher."""
+        return self.algorithm == "opd" or self.refresh is not None
+
     @model_validator(mode="after")
     def _rounds_can_be_planned(self) -> TrainRun:
         if self.refresh is None:

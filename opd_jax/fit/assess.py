@@ -101,11 +101,7 @@ def assess(
 def drawn_with(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
     """The stages whose programs run inside the chosen training runs too."""
     runs = [run for name, run in config.train.runs.items() if f"train.{name}" in chosen]
-    return ("rollout", "score") if any(_draws(run) for run in runs) else ()
-
-
-def _draws(run: TrainRun) -> bool:
-    return run.algorithm == "opd" or run.refresh is not None
+    return ("rollout", "score") if any(run.draws for run in runs) else ()
 
 
 def within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator[ProgramReport]:
@@ -113,7 +109,7 @@ def within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator
     by_name = {program.name: program for program in programs}
     for name in setup.config.train.enabled:
         run, step = setup.config.train.runs[name], by_name.get(f"train.{name}")
-        if step is None or not _draws(run):
+        if step is None or not run.draws:
             continue
         share = _drawn(run) / (setup.prompts("opd") * setup.config.rollout.samples_per_prompt)
         for inner in ("rollout.prefill", "rollout.decode", "score"):

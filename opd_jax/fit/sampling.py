@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ from opd_jax.core.mesh import axis_size, replicated
 from opd_jax.fit.draft import Draft, context_of, device_bytes, forward_flops, on_one
 from opd_jax.fit.results import Bytes
 from opd_jax.fit.setup import Role, Setup
-from opd_jax.model.cache import Pages, PageTable, cache_token_bytes, empty_cache
+from opd_jax.model.cache import PageTable, cache_token_bytes, empty_cache, page_table
 from opd_jax.model.decode import decode, logits, split_layers
 from opd_jax.model.transformer import Params
 from opd_jax.sampling import engine
@@ -40,14 +40,20 @@ class Sampler:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """Slots, pages and prefills, were all prompts as long as they may be."""
+        """Slots, pages and prefills, were all prompts as long as they may be.
+
+        A run that draws its rollouts itself takes samples of a prompt one by one: so do these then.
+        """
         tokenizer = self.setup.tokenizer("student")
         ends = (0,) if tokenizer is None else tokenizer.end_ids
         text = str if self.sampling.stop else None
         job = SamplingJob(self.model, {}, self.sampling, ends, 0, text)
         some = min(self.prompts, 4 * self.sampling.slots)  # more do not change it
         prompts = [(str(i), [0] * self.prompt_tokens) for i in range(some)]
-        return plan_for(job, requests_for(prompts, self.sampling.samples_per_prompt))
+        train = self.setup.config.train
+        alone = self.stage == "rollout" and any(train.runs[name].draws for name in train.enabled)
+        requests = requests_for(prompts, self.sampling.samples_per_prompt)
+        return plan_for(job, requests, together=not alone)
 
     @property
     def samples(self) -> int:
@@ -76,15 +82,7 @@ class Sampler:
     @property
     def table(self) -> PageTable:
         """Whose page is whose."""
-        return _table(self.plan.program.pages, self.whole)
-
-
-def _table(pages: Pages, array: Callable[[tuple[int, int]], Any]) -> PageTable:
-    shards, rows = pages.shards, pages.counts[0]
-    return PageTable(
-        tuple(array((shards, count)) for count in pages.counts[1:]),
-        tuple(array((shards, rows)) for _ in pages.counts[1:]),
-    )
+        return page_table(self.plan.program.pages, self.whole)
 
 
 def _outputs(mesh: Mesh, lowered: Any) -> Any:
@@ -179,12 +177,12 @@ def _decode(sampler: Sampler) -> Draft:
 def _step_flops(sampler: Sampler) -> float:
     """Products of a step: those of the slots of one shard, as often as there are shards."""
     pages, one = sampler.plan.program.pages, on_one(sampler.model)
-    mine = Pages(pages.counts, pages.length)
+    mine = replace(pages, shards=1)
     whole = one.abstract(sampler.setup.store_dtype)
     params = jax.eval_shape(functools.partial(split_layers, one), whole)
     cache = jax.eval_shape(functools.partial(empty_cache, one, mine))
     tokens = jax.ShapeDtypeStruct((mine.rows,), jnp.int32)
-    table = _table(mine, lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32))
+    table = page_table(mine, lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32))
 
     def step(params: Params, tokens: Any, cache: Any, table: PageTable) -> Any:
         hidden, _ = decode(one, mine, params, tokens, cache, table)

@@ -120,8 +120,7 @@ def opd_shape(setup: Setup, loop: LoopConfig) -> Shape:
     if loop.batch_tokens is not None:
         count = max(loop.batch_tokens // longest, 1)
     rows = len(best_fit([longest - 1] * count, packing.row_tokens))
-    drawn = loop.algorithm == "opd" or loop.refresh is not None
-    pieces, micro = packing.shape_within(rows, count) if drawn else packing.shape(rows)
+    pieces, micro = packing.shape_within(rows, count) if loop.draws else packing.shape(rows)
     tokens = count * (longest - 1)
     load = Load(tokens, pieces * micro * packing.row_tokens, int(count * context_of(longest - 1)))
     return Shape(pieces, micro, packing.row_tokens, support, load)

@@ -3,13 +3,15 @@
 A slot for the longest prompt and the longest response costs the most; few responses get so long. So
 slots get pages as their samples grow, and there are as many pages as samples of unknown lengths
 will need: a sample that finds none waits until another one ends.
+
+Samples of one prompt share its keys and values where that saves enough memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -18,11 +20,13 @@ from jax.sharding import Mesh
 
 from opd_jax.core.mesh import axis_size, platform_of
 from opd_jax.errors import ConfigError
-from opd_jax.model.cache import Pages, cache_token_bytes
+from opd_jax.model.cache import Pages, PromptPages, cache_token_bytes
 from opd_jax.model.transformer import LanguageModel
 
 SHORTEST_PAGE = {True: 128, False: 256}  # on CPUs and elsewhere, if the longest sample is longer
+MOST_PLACES = 2  # for readers of shared prompts, for each slot
 MOST_LEVELS = 8  # pages of the longest sample
+SHARED = 0.9  # prompts are shared if all pages then hold at most this share of the tokens
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -39,10 +43,14 @@ class CachePlan:
         return self.pages.tokens * self.token_bytes
 
     def __str__(self) -> str:
-        pages = self.pages
+        pages, prompts = self.pages, self.pages.prompts
+        shared = ""
+        if prompts is not None:
+            count = pages.shards * prompts.count
+            shared = f"and {count:,} of {prompts.length:,} tokens for prompts that samples share "
         return (
-            f"{pages.rows:,} slots, {sum(pages.sizes):,} pages of {pages.length:,} "
-            f"tokens x {self.token_bytes:,} bytes a token = {_size(self.total_bytes)} of keys and "
+            f"{pages.rows:,} slots, {sum(pages.sizes):,} pages of {pages.length:,} tokens {shared}"
+            f"x {self.token_bytes:,} bytes a token = {_size(self.total_bytes)} of keys and "
             f"values, {_size(self.total_bytes / pages.rows)} a slot"
         )
 
@@ -53,9 +61,10 @@ def plan_cache(
     prompts: Sequence[int],
     leasts: Sequence[int],
     limits: Sequence[int],
+    samples: Sequence[int] = (1,),
 ) -> CachePlan:
     """Slots for some requests, given the length of each prompt, the least length of each response
-    and its limit.
+    and its limit, and for each prompt its samples.
 
     Of each level there are pages for the samples that can get so long, or for the square root of
     the share that will, if a response's length is anything from its least to its limit with equal
@@ -63,9 +72,35 @@ def plan_cache(
     """
     shards = 1 if model.mesh is None else axis_size(model.mesh, "batch")
     rows = -(-min(slots, 1 << (len(prompts) - 1).bit_length()) // shards)
-    prompt_r, least_r, limit_r = (np.asarray(x, np.float64) for x in (prompts, leasts, limits))
-    longest = int((prompt_r + limit_r).max())
     cpu = platform_of(model.mesh) == "cpu"
+    pages = replace(_rows_pages(cpu, rows, (prompts, leasts, limits)), shards=shards)
+    each = sum(samples) / len(samples) / shards  # a slot of any shard takes the next sample
+    if each > 1:
+        shared = _rows_pages(cpu, rows, ([0] * len(prompts), leasts, limits))
+        shape = _prompt_pages(cpu, rows, max(prompts), each)
+        shared = replace(shared, shards=shards, prompts=shape)
+        pages = shared if shared.tokens <= SHARED * pages.tokens else pages
+    return CachePlan(pages, cache_token_bytes(model))
+
+
+def _prompt_pages(cpu: bool, rows: int, longest: int, n: float) -> PromptPages:
+    """Pages for the prompts of all rows of a shard, where each has n samples there.
+
+    A prompt stays until the longest sample ends: if lengths are exponential, the harmonic number
+    of n times as long as one sample on average. With n / that of its samples in slots at a time,
+    this many prompts fill the slots.
+    """
+    lasts = sum(1 / i for i in range(1, round(n) + 1))
+    count = max(min(math.ceil(rows * lasts / n) + 1, rows), 2)
+    readers = min(math.ceil(n), rows, -(-MOST_PLACES * rows // count))
+    step = 16 if cpu else 128
+    return PromptPages(count, readers, math.ceil(longest / step) * step)
+
+
+def _rows_pages(cpu: bool, rows: int, lengths: tuple[Sequence[int], ...]) -> Pages:
+    """Pages for prompts, and responses of least and largest lengths, in one shard."""
+    prompt_r, least_r, limit_r = (np.asarray(x, np.float64) for x in lengths)
+    longest = int((prompt_r + limit_r).max())
     levels = min(max(longest // SHORTEST_PAGE[cpu], 1), MOST_LEVELS)
     step = 16 if cpu else 64 if levels == 1 else 128
     length = math.ceil(longest / levels / step) * step
@@ -73,7 +108,7 @@ def plan_cache(
     for start in range(length, longest, length):
         share = _share_beyond(start, prompt_r, least_r, limit_r)
         counts.append(min(max(math.ceil(rows * share), 1), rows))
-    return CachePlan(Pages(tuple(counts), length, shards), cache_token_bytes(model))
+    return Pages(tuple(counts), length)
 
 
 def _share_beyond(

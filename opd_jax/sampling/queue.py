@@ -72,6 +72,10 @@ def by_prompt(requests: Sequence[Request]) -> list[list[Request]]:
     """Requests with one prompt, of one id, together."""
     prompts: dict[tuple[str, bytes], list[Request]] = {}
     for request in requests:
-        ids = np.asarray(request.prompt_ids, np.int32)
-        prompts.setdefault((request.prompt_id, ids.tobytes()), []).append(request)
+        prompts.setdefault(prompt_key(request), []).append(request)
     return list(prompts.values())
+
+
+def prompt_key(request: Request) -> tuple[str, bytes]:
+    """Equal for requests whose prompt is read once."""
+    return request.prompt_id, np.asarray(request.prompt_ids, np.int32).tobytes()

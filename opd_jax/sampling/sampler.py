@@ -87,11 +87,18 @@ class Plan:
         return f"{self.cache}; at most {self.programs} programs"
 
 
-def plan_for(job: SamplingJob, requests: Sequence[Request], longest_prompt: int = 0) -> Plan:
+def plan_for(
+    job: SamplingJob,
+    requests: Sequence[Request],
+    longest_prompt: int = 0,
+    *,
+    together: bool = True,
+) -> Plan:
     """The plan for some requests.
 
     Args:
         longest_prompt: slots get room as if the longest prompts had at least so many tokens.
+        together: the samples of a prompt are drawn in one run, and can share its keys and values.
 
     Raises:
         DataError: an empty prompt, one too long for the model, a token outside the vocabulary.
@@ -106,7 +113,8 @@ def plan_for(job: SamplingJob, requests: Sequence[Request], longest_prompt: int 
     longest = max(prompts)
     prompts = [max(n, longest_prompt) if n == longest else n for n in prompts]
     leasts = [s.min_new_tokens for s in settings]
-    cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits)
+    samples = [len(group) for group in by_prompt(requests)] if together else (1,)
+    cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits, samples)
     check_memory(cache, job.model, copies=job.split is None)
     pages = cache.pages
     rows = max(pages.rows // 16 // pages.shards, 1) * pages.shards  # few slots wait for a refill

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from opd_jax.data.records import FinishReason
 from opd_jax.errors import ModelError
 from opd_jax.model.cache import PageTable
 from opd_jax.sampling.engine import First, Program, Round, Start
-from opd_jax.sampling.pager import Pager
-from opd_jax.sampling.queue import Request
+from opd_jax.sampling.pager import Pager, PromptPager
+from opd_jax.sampling.queue import Request, prompt_key
 from opd_jax.sampling.stops import Text, stop_length
 from opd_jax.sampling.transforms import transform_of
 
@@ -62,6 +63,8 @@ class SlotTable:
         self._stopped_b = np.zeros(program.slots, bool)
         self._looked_b = np.zeros(program.slots, np.int32)  # tokens searched for stop strings
         self._pager = Pager(program.pages)
+        prompts = program.pages.prompts
+        self._shared = None if prompts is None else PromptPager(program.pages, prompts)
         self.stuck = 0  # slots whose sample waits for a page
 
     def settings(self, request: Request) -> SamplingConfig:
@@ -84,13 +87,19 @@ class SlotTable:
 
     def seat(self, request: Request) -> int | None:
         """Give a request a free slot with pages for its prompt and one token, if there is one."""
-        tokens = len(request.prompt_ids) + (self.settings(request).max_new_tokens > 1)
-        slot = next((slot for slot in self.free if self._pager.holds(slot, tokens)), None)
+        tokens = self._own_prompt(request) + (self.settings(request).max_new_tokens > 1)
+        free = (slot for slot in self.free if self._pager.holds(slot, tokens))
+        shared = self._shared
+        slot = next(free, None) if shared is None else _share(shared, request, free)
         if slot is not None:
             self._pager.take(slot, tokens)
             self._requests[slot], self._count_b[slot] = request, 0
             self._stopped_b[slot], self._looked_b[slot] = False, 0
         return slot
+
+    def _own_prompt(self, request: Request) -> int:
+        """Tokens of its prompt that lie in a slot's own pages."""
+        return len(request.prompt_ids) if self._shared is None else 0
 
     def pages(self) -> PageTable:
         """Who has which page in the next round; before it, all get what they can need in it.
@@ -100,13 +109,14 @@ class SlotTable:
         wanted: list[tuple[int, int, int]] = []  # (tokens now, slot, tokens after the round)
         for slot, request in enumerate(self._requests):
             if request is not None:
-                prompt, limit = len(request.prompt_ids), self.settings(request).max_new_tokens
+                prompt, limit = self._own_prompt(request), self.settings(request).max_new_tokens
                 now = prompt + max(int(self._count_b[slot]), 1) - 1
                 most = min(now + self._program.round_steps, prompt + limit - 1)
                 wanted.append((now, slot, most))
         for _, slot, most in sorted(wanted, reverse=True):
             self._pager.take(slot, most)
-        return self._pager.table()
+        table = self._pager.table()
+        return table if self._shared is None else table._replace(prompts=self._shared.table())
 
     def start(self, chosen: Sequence[tuple[int, int, Request]], rows: int) -> Start:
         """What `engine.start` wants to know of (row of the prompt, slot, request)."""
@@ -118,10 +128,11 @@ class SlotTable:
             return np.array([*values, *[fill] * padding], np.int32)
 
         slot_p = column([slot for _, slot, _ in chosen], self._program.slots)
+        shared = () if self._shared is None else (self._shared.places(slot_p.tolist()),)
         return Start(
             source_p=column([row for row, _, _ in chosen], 0),
             slot_p=slot_p,
-            pages_lp=self._pager.places(slot_p),
+            pages_lp=(*self._pager.places(slot_p), *shared),
             prompt_p=column([stable_hash(r.prompt_id) for r in requests], 0),
             index_p=column([r.sample_index for r in requests], 0),
             limit_p=column([s.max_new_tokens for s in settings[: len(chosen)]], 1),
@@ -178,6 +189,8 @@ class SlotTable:
                 self._requests[slot] = None
                 self._stopped_b[slot] = False
                 self._pager.release(int(slot))
+                if self._shared is not None:
+                    self._shared.release(int(slot))
         return samples
 
     def _sample(self, slot: int, request: Request) -> Sample:
@@ -211,3 +224,18 @@ class SlotTable:
                     f"the logits at response position {seen.count_b[slot]} are not finite; "
                     "the checkpoint is broken, or compute_dtype is too narrow for it"
                 )
+
+
+def _share(prompts: PromptPager, request: Request, free: Iterable[int]) -> int | None:
+    """The free slot that reads the request's prompt with others, or is to be its first reader."""
+    key = prompt_key(request)
+    of_shard: dict[int, int] = {}
+    for slot in free:  # those of one shard are alike
+        of_shard.setdefault(prompts.shard(slot), slot)
+    found = ((slot, prompts.page(slot, key)) for slot in of_shard.values())
+    fresh = ((slot, prompts.free(slot)) for slot in of_shard.values())
+    for slot, page in itertools.chain(found, fresh):
+        if page is not None:
+            prompts.take(slot, page, key, len(request.prompt_ids))
+            return slot
+    return None

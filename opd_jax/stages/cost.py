@@ -70,8 +70,7 @@ def _train_estimate(ctx: RunContext, name: str, student: int, teacher: int) -> E
     if run.algorithm == "sft":
         length = ctx.config.sft.row_tokens
     tokens = run.steps * run.batch_size * length
-    fresh = run.algorithm == "opd" or run.refresh is not None
-    live = 2 * (student + teacher) if fresh else 0
+    live = 2 * (student + teacher) if run.draws else 0
     if run.lora is None:
         return Estimate(tokens, 12.0 * student, (6 * student + live) * tokens)
     adapters = Adapters(ctx.program("student"), run.lora).abstract()

@@ -184,7 +184,7 @@ class RoundRollouts:
             tokenizer.decode if config.rollout.stop else None,
         )
         # One plan for all rounds, whichever prompts they have: nothing compiles again.
-        work = Work(requests, plan_for(job, self.plan.everything))
+        work = Work(requests, plan_for(job, self.plan.everything, together=False))
         say(stage_line(stage, f"round {number} begins after {start} steps"))
         fill_store(ctx, (stage, f"sampled for round {number}"), job, store, work)
         return store, freeze_all(store, requests, folder, stage)

@@ -249,7 +249,7 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         requests = [request for each in steps for request in requests_of(each)]
         job = SamplingJob(live.model, params, sampling, live.end_ids, live.seed, live.text)
         nonlocal plan  # one for all steps, whichever prompts they have: nothing compiles again
-        plan = plan or plan_for(job, everything)
+        plan = plan or plan_for(job, everything, together=False)
         samples = generate(job, requests, plan)
         done = {(s.request.prompt_id, s.request.sample_index): to_record(s) for s in samples}
         records = [done[request.prompt_id, request.sample_index] for request in requests]

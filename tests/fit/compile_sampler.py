@@ -1,6 +1,7 @@
 """Run in a process of its own: compile the sampler's programs for absent devices.
 
 python tests/fit/compile_sampler.py v5e:2x4 dense
+python tests/fit/compile_sampler.py v5e:2x4 shared
 python tests/fit/compile_sampler.py h100:8 experts
 """
 
@@ -16,7 +17,7 @@ from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh, replicated
 from opd_jax.fit.topology import devices_of
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.cache import Pages, PageTable, cache_token_bytes
+from opd_jax.model.cache import Pages, PromptPages, cache_token_bytes, page_table
 from opd_jax.model.decode import split_layers
 from opd_jax.model.transformer import LanguageModel
 from opd_jax.sampling import engine
@@ -49,8 +50,9 @@ EXPERTS = dataclasses.replace(
     norm_topk_prob=True,
 )
 CASES = {
-    "dense": (DENSE, MeshConfig(fsdp=2, tensor=2, data=2)),
-    "experts": (EXPERTS, MeshConfig(fsdp=2, tensor=2, expert=2)),
+    "dense": (DENSE, MeshConfig(fsdp=2, tensor=2, data=2), None),
+    "shared": (DENSE, MeshConfig(fsdp=2, tensor=2, data=2), PromptPages(2, 4, PROMPT)),
+    "experts": (EXPERTS, MeshConfig(fsdp=2, tensor=2, expert=2), None),
 }
 COLLECTIVE = re.compile(
     r"= (?P<result>[^=]*?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute"
@@ -101,25 +103,22 @@ def compiled_programs(program, tokens):
     prefill, prefilled = compile_(engine.prefill, program, params, *prompts)
     ints, floats = array((ROWS,)), array((ROWS,), jnp.float32)
     pages = program.pages
-    levels = (ints,) * len(pages.counts)
+    levels = (ints,) * len(pages.arrays)
     new = engine.Start(ints, ints, levels, *[ints] * 4, Transform(floats, ints, floats, floats))
     root = array((2,), jnp.uint32)
     start = compile_(engine.start, program, split, state, prefilled, new, root)[0]
-    table = PageTable(
-        tuple(array((pages.shards, count)) for count in pages.counts[1:]),
-        tuple(array((pages.shards, pages.counts[0])) for _ in pages.counts[1:]),
-    )
+    table = page_table(pages, array)
     wake, halt = array(()), array((program.slots,), jnp.bool_)
     decode = compile_(engine.decode_round, program, split, state, table, wake, halt)[0]
     return {"prefill": prefill, "start": start, "decode": decode}
 
 
 def main(target: str, case: str) -> None:
-    arch, sizes = CASES[case]
+    arch, sizes, prompts = CASES[case]
     mesh = make_mesh(sizes, devices_of(target)[:8])
     model = LanguageModel(arch, "bfloat16", mesh=mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    pages = Pages((2, 1), 512, shards)
+    pages = Pages((2, 1), 512, shards, prompts)
     uses = Uses(temperature=True, top_p=True)
     program = engine.Program(model, pages, uses, (151645,), mesh, 64)
     programs = compiled_programs(program, PROMPT)

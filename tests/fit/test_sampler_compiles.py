@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("compile_sampler.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dense", "experts"])
+@pytest.mark.parametrize("case", ["dense", "shared", "experts"])
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_decoding_sends_activations_alone_and_keeps_its_cache_in_place_on(target, case):
     command = [sys.executable, str(SCRIPT), target, case]

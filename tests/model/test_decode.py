@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from caches import filled
 
-from opd_jax.model.cache import Pages, empty_cache
+from opd_jax.model.cache import Pages, PromptPages, empty_cache, page_table
 from opd_jax.model.decode import FEW_ROWS, GROUPS, decode, product, split_layers
-from opd_jax.sampling.pager import Pager
 from tests.sampling.reference import random_params, tiny_model
 
 PAGES = Pages((4, 3, 2), 5)
@@ -31,10 +30,15 @@ def test_decode_and_prefill_together_are_the_whole_forward():
         np.testing.assert_allclose(hidden_bd[2], whole.hidden_btd[0, 7 + i], atol=1e-5)
 
 
-@pytest.mark.parametrize("pages", [Pages((3, 1), 24), Pages((1,), 24)], ids=str)
+@pytest.mark.parametrize(
+    "pages",
+    [Pages((3, 1), 24), Pages((1,), 24), Pages((3, 1), 24, prompts=PromptPages(2, 2, 40))],
+    ids=str,
+)
 def test_decoding_in_place_copies_no_cache(pages):
     model = tiny_model()
-    params, table = split_layers(model, random_params(model)), Pager(pages).table()
+    params = split_layers(model, random_params(model))
+    table = page_table(pages, lambda shape: jnp.zeros(shape, jnp.int32))
     tokens_b = jnp.zeros(pages.rows, jnp.int32)
 
     def loop(cache):
@@ -46,7 +50,7 @@ def test_decoding_in_place_copies_no_cache(pages):
         return jax.lax.while_loop(lambda carry: carry[0] < 8, body, (0, cache))[1]
 
     program = jax.jit(loop, donate_argnums=0).lower(empty_cache(model, pages)).compile()
-    shapes = [f"f32[{n},2,{sizes}]" for n in pages.sizes for sizes in ("24,8", "8,24")]
+    shapes = [f"f32[{n},2,{x}]" for n, t in pages.arrays for x in (f"{t},8", f"8,{t}")]
     for shape in shapes:
         lines = [line for line in program.as_text().splitlines() if f"= {shape}" in line]
         assert lines

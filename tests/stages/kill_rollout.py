@@ -1,4 +1,7 @@
-"""Run in a process of its own: a run's rollouts, undisturbed and with 20 kills at random moments.
+"""Run in a process of its own: a run's rollouts, undisturbed and with kills at random moments.
+
+20 fall while it samples, 3 in the time before a process's first commit, and one as soon as the last
+record is committed.
 
 python tests/stages/kill_rollout.py FOLDER
 
@@ -8,6 +11,7 @@ start costs milliseconds, and no thread or lock of JAX is copied. Compiled progr
 disk for the next.
 """
 
+import functools
 import json
 import os
 import random
@@ -17,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-KILLS, SEED, LIMIT_SECONDS = 20, 11, 120
+KILLS, EARLY, SEED, LIMIT_SECONDS = 20, 3, 11, 120
 SETTINGS = ("prompts.opd_limit=200", "rollout.slots=8", "rollout.samples_per_prompt=2")
 
 
@@ -50,19 +54,42 @@ def commits(run_dir):
     return len(list(folder.glob("*.json"))) if folder.exists() else 0
 
 
-def await_commit(pid, run_dir):
-    """Wait until a process commits its first records."""
-    before, deadline = commits(run_dir), time.monotonic() + LIMIT_SECONDS
-    while commits(run_dir) == before:
+def committed_records(run_dir):
+    paths = (run_dir / "rollouts" / "commits").glob("*.json")
+    return sum(map(records_of, paths))
+
+
+@functools.cache
+def records_of(commit):
+    return json.loads(commit.read_text())["records"]
+
+
+def await_more(pid, what):
+    """Wait until a process has made a number larger."""
+    before, deadline = what(), time.monotonic() + LIMIT_SECONDS
+    while what() == before:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended before it began to sample"
         assert time.monotonic() < deadline, "never began to sample"
         time.sleep(0.002)
 
 
-def kill_while_sampling(pid, run_dir, delay):
-    """Kill a process some seconds after its first commit; returns how many commits there are."""
-    await_commit(pid, run_dir)
-    time.sleep(delay)
+def await_commit(pid, run_dir):
+    """Wait until a process commits its first records; returns how many seconds that took."""
+    began = time.monotonic()
+    await_more(pid, lambda: commits(run_dir))
+    return time.monotonic() - began
+
+
+def kill_at_the_end(pid, run_dir, total):
+    """Kill a process as soon as all records are committed: it has not said so yet."""
+    await_more(pid, lambda: committed_records(run_dir) == total)
+    kept = kill(pid, run_dir)
+    assert not (run_dir / "stages" / "rollout.json").exists(), "over before the kill"
+    return kept
+
+
+def kill(pid, run_dir):
+    """Returns how many commits there are."""
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "over before the kill"
@@ -82,12 +109,19 @@ def main(folder):
     finish(pid)
     # All kills together leave a fifth of the sampling to the last process, at the very least.
     longest = (time.monotonic() - started) / (KILLS + 5)
-    moments, kept = random.Random(SEED), []
-    for _ in range(KILLS):
+    moments, kept, early = random.Random(SEED), [], []
+    for number in range(KILLS):
         pid = fork(folder, killed, *rollout)
-        kept.append(kill_while_sampling(pid, killed, moments.uniform(0, longest)))
+        starting = await_commit(pid, killed)
+        time.sleep(moments.uniform(0, longest))
+        kept.append(kill(pid, killed))
+        if number < EARLY:
+            pid = fork(folder, killed, *rollout)
+            time.sleep(moments.uniform(0, starting))
+            early.append((kept[-1], kill(pid, killed)))
+    last = kill_at_the_end(fork(folder, killed, *rollout), killed, committed_records(straight))
     finish(fork(folder, killed, *rollout))
-    print(json.dumps({"commits": kept}))
+    print(json.dumps({"commits": kept, "early": early, "last": last}))
 
 
 if __name__ == "__main__":

@@ -116,16 +116,18 @@ def records(run_dir):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_rollouts_are_those_of_an_undisturbed_run(tmp_path):
+def test_killed_again_and_again_rollouts_are_those_of_an_undisturbed_run(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("kill_rollout.py")), str(tmp_path)]
     env = quick_environment()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text()
-    kept = json.loads(done.stdout.splitlines()[-1])["commits"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    kept = found["commits"]
     (want, straight), (got, killed) = (records(tmp_path / x) for x in ("straight", "killed"))
     torn = len(list((tmp_path / "killed" / "rollouts" / "data").iterdir())) - killed
-    print(f"commits at the kills: {kept}; {torn} kills left a segment without its commit")
-    assert len(kept) == 20
+    print(f"commits at the kills: {found}; {torn} kills left a segment without its commit")
+    assert (len(kept), len(found["early"])) == (20, 3)
     assert kept == sorted(set(kept))  # every process committed something before its end
     assert kept[-1] < killed == straight == len(want) == 400
+    assert any(before == after for before, after in found["early"])
     assert got == want

@@ -18,9 +18,16 @@ from opd_jax.core import liveness
 
 LIMIT_SECONDS = 400
 RUN = "train.enabled=[opd]"
-STAGES = ("--stages", "answer,sft,rollout,score,train,export")
+STAGES = ("--stages", "answer,sft,rollout,score,train,evaluate,export")
 # (stage, who is killed): process 0, with which the coordination service goes, and the other one.
-KILLS = (("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1))
+KILLS = (
+    ("answer", 1),
+    ("sft", 0),
+    ("rollout", 1),
+    ("score", 0),
+    ("train.opd", 1),
+    ("evaluate.opd", 0),
+)
 STORES = {"rollout": "rollouts", "score": "rollouts/teacher/*"}
 # The same program, with less patience.
 HASTY = (
@@ -29,7 +36,8 @@ HASTY = (
 )
 
 
-def start(run_dir, *words, processes=2, program=("-m", "opd_jax.main")):
+def start(run_dir, *words, processes=2, devices=1, program=("-m", "opd_jax.main")):
+    """Processes with so many devices each."""
     command = [sys.executable, *program, *arguments(run_dir, RUN, *STAGES, *words)]
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)]
     pipe = subprocess.PIPE
@@ -37,7 +45,7 @@ def start(run_dir, *words, processes=2, program=("-m", "opd_jax.main")):
         subprocess.Popen(
             [*command, *flags, "--rank", str(rank)],
             cwd=ROOT,
-            env=quick_environment(),
+            env=quick_environment(devices),
             stdout=pipe,
             stderr=subprocess.STDOUT,
         )
@@ -55,12 +63,12 @@ def finish(run_dir, processes):
         assert process.returncode == 0, output
 
 
-def inside_of(run_dir, stage, *words, program=("-m", "opd_jax.main")):
-    """Two processes in the middle of a stage."""
-    pair = start(run_dir, *words, program=program)
+def inside_of(run_dir, stage, *words, **kinds):
+    """Processes in the middle of a stage."""
+    pair = start(run_dir, *words, **kinds)
     deadline = time.monotonic() + LIMIT_SECONDS
     while not inside(run_dir, stage):
-        ended = [process.poll() for process in pair] != [None, None]
+        ended = any(process.poll() is not None for process in pair)
         if ended or time.monotonic() > deadline:
             for process in pair:
                 process.kill()
@@ -100,16 +108,22 @@ def test_one_of_two_is_killed_in_each_stage(tmp_path):
         assert code == (-signal.SIGABRT if rank == 0 else liveness.LOST), output
         if rank > 0:
             assert "Traceback" not in output
-    four = shutil.copytree(killed, tmp_path / "four")
+        if stage == "train.opd":
+            one = shutil.copytree(killed, tmp_path / "one")
     finish(killed, 2)
     want = parameters(straight)
     assert_same_samples(straight, killed)
     assert losses(killed) == losses(straight)
     for name, value in parameters(killed).items():
         assert np.array_equal(value, want[name]), name
-    finish(four, 4)
-    for name, value in parameters(four).items():
-        np.testing.assert_allclose(value, want[name], atol=1e-5, err_msg=name)
+    four = tmp_path / "four"
+    (alone,) = inside_of(four, "train.opd", processes=1, devices=2)
+    alone.kill()
+    said(alone)
+    for run_dir, processes in ((one, 1), (four, 4)):  # from two, and from one
+        finish(run_dir, processes)
+        for name, value in parameters(run_dir).items():
+            np.testing.assert_allclose(value, want[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
