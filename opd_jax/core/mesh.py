@@ -165,8 +165,21 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[RULES["time"]] * with_tokens))
 
 
+def rows_here(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """bool [rows]: which rows of a batch the devices of this process hold.
+
+    All of them without a mesh, and where the mesh does not divide them (`put_batch` says so).
+    """
+    if mesh is None or rows % axis_size(mesh, "batch"):
+        return np.ones(rows, bool)
+    here = np.zeros(rows, bool)
+    for (rows_d,) in batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values():
+        here[rows_d] = True
+    return here
+
+
 def put_batch(mesh: Mesh, tree: object, *, sharded: bool = True) -> object:
-    """Host arrays that are the same on every process, as global arrays.
+    """Host arrays as global arrays; a process reads only the parts that its devices hold.
 
     Args:
         sharded: cut as `batch_sharding` says; else whole.

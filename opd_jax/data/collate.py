@@ -159,5 +159,10 @@ def spread_rows(rows: Sequence[Sequence[T]], pieces: int, micro_rows: int) -> li
     """
     arranged: list[list[T]] = [[] for _ in range(pieces * micro_rows)]
     for number, row in enumerate(rows):
-        arranged[number % micro_rows * pieces + number // micro_rows] = list(row)
+        arranged[row_place(number, pieces, micro_rows)] = list(row)
     return arranged
+
+
+def row_place(number: int, pieces: int, micro_rows: int) -> int:
+    """Where `spread_rows` puts a row."""
+    return number % micro_rows * pieces + number // micro_rows

@@ -77,7 +77,7 @@ class RoundRollouts:
         later = max(len(ids) for _, ids in prompts) + ctx.config.rollout.max_new_tokens
         longest = max(later, int((prompt_r + response_r).max()))
         ways, parts = (axis_size(ctx.mesh, axis) for axis in ("batch", "time"))
-        self.packing = Packing.of(self.run, longest, ways, support, parts)
+        self.packing = Packing.of(self.run, longest, ways, support, parts, ctx.mesh)
         rounds.snapshots[:] = [first.snapshot.hash]
         self._use(first)
 

@@ -106,7 +106,7 @@ def run(ctx: RunContext, name: str) -> Outcome:
 
 def _packing(ctx: RunContext, config: TrainRun, longest: int, support: int) -> Packing:
     ways, parts = (axis_size(ctx.mesh, axis) for axis in ("batch", "time"))
-    return Packing.of(config, longest, ways, support, parts)
+    return Packing.of(config, longest, ways, support, parts, ctx.mesh)
 
 
 def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Json]:

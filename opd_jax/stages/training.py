@@ -157,7 +157,7 @@ def prepare_answers(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: s
     # The control keeps out what SFT has kept out: only that has never been trained on.
     members, kept = held_out([name for name, _ in snapshot.keys], ctx.config.sft.heldout)
     rows = ctx.config.sft.row_tokens
-    source = sft_source(snapshot, members, rows, loop, ctx.seed(stream))
+    source = sft_source(snapshot, members, rows, loop, ctx.seed(stream), ctx.mesh)
     if not kept:
         return Prepared(source, [])
     records, tokens = snapshot.read_many(kept), ctx.config.score.batch_tokens

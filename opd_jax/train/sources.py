@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from jax.sharding import Mesh
 
 from opd_jax.config import SamplingConfig
 from opd_jax.config_train import LoopConfig, TrainRun
+from opd_jax.core.mesh import rows_here
 from opd_jax.core.rng import stable_hash
 from opd_jax.data.collate import (
     Batch,
@@ -19,9 +21,11 @@ from opd_jax.data.collate import (
     opd_batch,
     pack,
     packed_rows,
+    row_place,
     spread_rows,
 )
 from opd_jax.data.loader import batches, sequence_steps, step_order, token_steps
+from opd_jax.data.records import Record, Scores, blank_record
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import ConfigError
@@ -37,12 +41,18 @@ S = TypeVar("S")
 
 
 def sft_source(
-    snapshot: Snapshot, members: Sequence[int], row_tokens: int, loop: LoopConfig, seed: int
+    snapshot: Snapshot,
+    members: Sequence[int],
+    row_tokens: int,
+    loop: LoopConfig,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> Source:
     """Packed rows of answers.
 
     Args:
         members: which records of the snapshot to train on.
+        mesh: a process reads the records of its devices' rows alone.
     """
     batch_rows = loop.batch_size
     prompt_r, response_r = snapshot.lengths()
@@ -67,8 +77,14 @@ def sft_source(
 
     def read(step: int) -> Batch:
         chosen = rows_of(step)
-        records = iter(snapshot.read_many([r for row in chosen for r in row]))
-        return packed_rows([[next(records) for _ in row] for row in chosen], row_tokens)
+        here = rows_here(mesh, len(chosen))
+        near = [r for row, mine in zip(chosen, here, strict=True) if mine for r in row]
+        records = dict(zip(near, snapshot.read_many(near) if near else [], strict=True))
+
+        def record(r: int) -> Record:
+            return records[r] if r in records else blank_record(prompt_r[r], response_r[r])
+
+        return packed_rows([[record(r) for r in row] for row in chosen], row_tokens)
 
     def names(step: int) -> list[str]:
         return [name_of(snapshot.keys[r]) for row in rows_of(step) for r in row]
@@ -101,6 +117,7 @@ class Packing:
         micro_rows: rows of a micro-batch; `None`: one micro-batch, with as many as are needed.
         ways: into how many parts the mesh cuts rows.
         support: how many of the teacher's stored top-k to take; 0: none.
+        mesh: a process reads the records of its devices' rows alone; `None`: all.
     """
 
     row_tokens: int
@@ -108,9 +125,17 @@ class Packing:
     ways: int = 1
     support: int = 0
     per_token: bool = False
+    mesh: Mesh | None = None
 
     @staticmethod
-    def of(run: TrainRun, longest: int, ways: int, support: int, parts: int = 1) -> Packing:
+    def of(
+        run: TrainRun,
+        longest: int,
+        ways: int,
+        support: int,
+        parts: int = 1,
+        mesh: Mesh | None = None,
+    ) -> Packing:
         """The packing of a run whose longest record has `longest` tokens.
 
         Args:
@@ -126,7 +151,7 @@ class Packing:
                 "with its prompt; raise it, or leave it out"
             )
         per_token = run.average == "token"
-        return Packing(row_tokens, run.micro_batch_size, ways, support, per_token)
+        return Packing(row_tokens, run.micro_batch_size, ways, support, per_token, mesh)
 
     def shape(self, rows: int) -> tuple[int, int]:
         """Micro-batches and rows of each for a step of at most `rows` packed rows."""
@@ -138,6 +163,12 @@ class Packing:
         """As `shape`, for steps that come to have other numbers of rows: at most four programs."""
         few = -(-batch_size // 4)  # rows are rounded up to that
         return self.shape(batch_size if self.micro_rows else -(-rows // few) * few)
+
+    def near(self, rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> list[int]:
+        """Of `rows`, as `batch` takes them, the places whose rows are of this process's devices."""
+        here = rows_here(self.mesh, shape[0] * shape[1])
+        near = (row for number, row in enumerate(rows) if here[row_place(number, *shape)])
+        return [place for row in near for place in row]
 
     def batch(
         self, rows: Sequence[Sequence[int]], scored: Sequence[Scored], shape: tuple[int, int]
@@ -192,9 +223,20 @@ def rollout_source(
 
     def read(step: int) -> Batch:
         indices = steps[step]
-        records = snapshot.read_many(indices)
-        found = scores.read_many(snapshot, indices)
-        return packing.batch(packed[step], [*map(Scored, records, found)], shape)
+        near = packing.near(packed[step], shape)
+        mine = [indices[place] for place in near]
+        known: dict[int, Scored] = {}
+        if mine:
+            read = map(Scored, snapshot.read_many(mine), scores.read_many(snapshot, mine))
+            known = dict(zip(near, read, strict=True))
+
+        def scored(place: int) -> Scored:
+            if place in known:
+                return known[place]
+            record = blank_record(prompt_r[indices[place]], response_r[indices[place]])
+            return Scored(record, Scores(record.student_logprob))
+
+        return packing.batch(packed[step], [*map(scored, range(len(indices)))], shape)
 
     def names(step: int) -> list[str]:
         return [name_of(snapshot.keys[r]) for r in steps[step]]

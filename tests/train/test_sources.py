@@ -13,6 +13,8 @@ from opd_jax.errors import ConfigError, DataError
 from opd_jax.sampling.collect import requests_for, to_record
 from opd_jax.sampling.sampler import SamplingJob, generate
 from opd_jax.teacher.score import Scorer
+from opd_jax.train import sources
+from opd_jax.train.meter import Load
 from opd_jax.train.sources import (
     LiveTeacher,
     Packing,
@@ -121,6 +123,45 @@ def test_sft_rows_hold_every_answer_once_an_epoch(scored):
         seen, count = np.unique(targets, return_counts=True)
         np.testing.assert_array_equal(seen, np.arange(12))
         np.testing.assert_array_equal(count, response_r)
+
+
+@pytest.mark.parametrize("kind", ["opd", "sft"])
+def test_a_process_reads_the_records_of_its_rows_alone(scored, monkeypatch, kind):
+    """Of rows that others hold it has the lengths, from which all count the same work."""
+    snapshot, scores = scored
+    run = TrainRun(batch_size=6, steps=1, micro_batch_size=2, save_every=1)
+    loop = LoopConfig(batch_size=4, steps=1)
+
+    def source():
+        if kind == "sft":
+            return sft_source(snapshot, range(12), 8, loop, seed=0)
+        return offline_source(snapshot, scores, range(12), run, Packing(8, 2), seed=3)
+
+    (whole,) = steps_of(source(), 0, 1)
+    read, read_many = [], type(snapshot).read_many
+
+    def counted(self, indices):
+        read.extend(indices)
+        return read_many(self, indices)
+
+    monkeypatch.setattr(type(snapshot), "read_many", counted)
+    held = []
+    for process in range(2):
+        here = np.arange(len(whole["mask_bt"])) % 4 // 2 == process
+        monkeypatch.setattr(sources, "rows_here", lambda _mesh, _rows, here=here: here)
+        read.clear()
+        (batch,) = steps_of(source(), 0, 1)
+        assert len(read) == sum(int(row.max()) for row in batch["segments_bt"][here])
+        held.append(set(read))
+        for name, x in whole.items():
+            np.testing.assert_array_equal(batch[name][here], x[here])
+            if name in ("positions_bt", "segments_bt", "mask_bt"):
+                np.testing.assert_array_equal(batch[name], x)
+            elif name in ("input_bt", "target_bt"):
+                assert not batch[name][~here].any()
+        assert Load.of(batch, 2) == Load.of(whole, 2)
+    assert not held[0] & held[1]
+    assert all(held)
 
 
 def test_an_answer_that_does_not_fit_a_row_is_refused(scored):
