@@ -12,7 +12,8 @@ from typing import Self
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 NAME_WIDTH = 19
@@ -20,6 +21,9 @@ LOG_SECONDS = 30.0
 """Time between two lines of a running stage where there is no terminal."""
 FIRST_SECONDS = 1.0
 """What is reported this soon after the first report belongs to the same batch."""
+BAR_WIDTH = 28
+ROOM_FOR_BAR = 120
+"""In narrower terminals the words take the place of the bar: they say more."""
 
 _console = Console(soft_wrap=True, highlight=False)
 
@@ -75,18 +79,13 @@ class StageProgress:
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
         if jax.process_index() == 0 and sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=28),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("[dim]{task.fields[note]}"),
-                console=_console,
-                transient=True,
-            )
-            name = stage_line(self.name, "")
-            self._bar.add_task(name, total=self.total, completed=self.done, speed="", note="")
+            bar = [BarColumn(BAR_WIDTH)] if _console.width >= ROOM_FOR_BAR else []
+            title = stage_line(self.name, "") if bar else self.name
+            first, rest = Column(no_wrap=True, min_width=len(title)), Column(no_wrap=True)
+            name = TextColumn("{task.description}", table_column=first, markup=False)
+            words = TextColumn("{task.fields[told]}", table_column=rest, markup=False)
+            self._bar = Progress(name, *bar, words, console=_console, transient=True)
+            self._bar.add_task(title, total=self.total, completed=self.done, told=self._told())
             self._bar.start()
         return self
 
@@ -112,23 +111,22 @@ class StageProgress:
         if now < self._warm_until:
             self._first = (now, self.done, self.tokens)
         if self._bar is not None:
-            rates = self._rates()
-            speed = f"{rates[1]:,.0f} tok/s" if rates and self.tokens else ""
-            self._bar.update(
-                self._bar.task_ids[0], completed=self.done, speed=speed, note=self._note
-            )
+            self._bar.update(self._bar.task_ids[0], completed=self.done, told=self._told())
         elif time.monotonic() - self._last_line >= LOG_SECONDS:
             self._last_line = time.monotonic()
             say(self._running_line())
 
     def _running_line(self) -> str:
+        return stage_line(self.name, self._told())
+
+    def _told(self) -> str:
         parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
         rates = self._rates()
         if rates and self.tokens:
             parts.append(f"{rates[1]:,.0f} tok/s")
         if rates and self.done < self.total and self._stop is None:
             parts.append(f"{_duration((self.total - self.done) / rates[0])} left")
-        return self._line([*parts, self._note])
+        return _joined([*parts, self._note])
 
     def _final_line(self) -> str:
         parts = [f"{self.done:,} {self.unit}"]
@@ -136,10 +134,11 @@ class StageProgress:
             parts.append(f"({self.already:,} from before)")
         if self.tokens:
             parts.append(f"{self.tokens:,} tokens  {self.tokens_per_second:,.0f} tok/s")
-        return self._line([*parts, _duration(self.seconds), self._note])
+        return stage_line(self.name, _joined([*parts, _duration(self.seconds), self._note]))
 
-    def _line(self, parts: list[str]) -> str:
-        return stage_line(self.name, "  ".join(part for part in parts if part))
+
+def _joined(parts: list[str]) -> str:
+    return "  ".join(part for part in parts if part)
 
 
 def _duration(seconds: float) -> str:

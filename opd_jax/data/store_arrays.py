@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,7 +179,10 @@ class KeepBudget:
 
 
 class StoredArray:
-    """One array, opened from the metadata in its commit; `zarr.json` is for other programs."""
+    """One array, opened from the metadata in its commit; `zarr.json` is for other programs.
+
+    It is opened when it is first read: a store of a thousand segments opens without that.
+    """
 
     def __init__(
         self, files: StoreFiles, folder: str, described: dict[str, Any], repair: str
@@ -188,12 +192,15 @@ class StoredArray:
         self._described = described
         self._repair = repair
         self.keep = False
-        with damage_named(files.path(folder), repair):
-            self._array = ts.open(
+
+    @functools.cached_property
+    def _array(self) -> Any:
+        with damage_named(self._files.path(self._folder), self._repair):
+            return ts.open(
                 {
                     "driver": "zarr3",
-                    "kvstore": (files.kvstore / folder).spec().to_json(),
-                    "metadata": described["metadata"],
+                    "kvstore": (self._files.kvstore / self._folder).spec().to_json(),
+                    "metadata": self._described["metadata"],
                     "fill_missing_data_reads": False,
                     "recheck_cached_data": "open",
                 },
@@ -205,7 +212,8 @@ class StoredArray:
     @property
     def nbytes(self) -> int:
         """Decoded size."""
-        return self._array.size * self._array.dtype.numpy_dtype.itemsize
+        metadata = self._described["metadata"]
+        return math.prod(metadata["shape"]) * np.dtype(metadata["data_type"]).itemsize
 
     @functools.cached_property
     def _whole(self) -> np.ndarray:
@@ -235,7 +243,7 @@ class StoredArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """[tokens] or [tokens, k]."""
-        return self._array.shape
+        return tuple(self._described["metadata"]["shape"])
 
     @property
     def shard_tokens(self) -> int:

@@ -100,6 +100,8 @@ class TeacherPass:
         index = self._indexed(snapshot, wanted)
         places = index.segment_r[wanted], index.row_r[wanted]
         used = [index.segments[i] for i in set(places[0].tolist())]
+        if topk and self.meta.get("top_k"):
+            _check_topk(used)
         names = [f.name for f in FIELDS if topk or f.name not in WIDE]
         fields = [name for name in names if all(segment.has(name) for segment in used)]
         rows = read_fields(index.segments, *places, fields)
@@ -113,6 +115,16 @@ class TeacherPass:
         """
         for segment in self._refreshed(snapshot).segments:
             segment.verify()
+
+
+def _check_topk(segments: Iterable[Segment]) -> None:
+    for segment in segments:
+        lacking = [name for name in WIDE if not segment.has(name)]
+        if lacking:
+            raise DataError(
+                f"{segment.path}: has no {lacking[0]}, and pass.json says that the top-k is stored;"
+                f" {segment.repair}"
+            )
 
 
 class ScoreIndex:

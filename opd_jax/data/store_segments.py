@@ -9,10 +9,12 @@ A writer killed at any moment leaves at most a folder without a commit, which no
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from opd_jax.data.store_arrays import (
 from opd_jax.data.store_files import StoreFiles, write_failure_named
 from opd_jax.errors import DataError
 
+AT_A_TIME = 64  # segments that are loaded at once
 Columns = Mapping[str, np.ndarray]
 Ragged = Sequence[tuple[Field, Sequence[np.ndarray]]]
 
@@ -127,7 +130,7 @@ class Segment:
         DataError: the commit or the columns are damaged.
     """
 
-    def __init__(self, files: StoreFiles, base: str, name: str, budget: KeepBudget) -> None:
+    def __init__(self, files: StoreFiles, base: str, name: str) -> None:
         self.name = name
         self.path = files.path(f"{base}data/{name}")
         self.repair = segment_repair(files, base, name)
@@ -138,6 +141,9 @@ class Segment:
             field: StoredArray(files, f"{base}data/{name}/{field}/", described, self.repair)
             for field, described in self.commit["fields"].items()
         }
+
+    def keep_within(self, budget: KeepBudget) -> None:
+        """Keep arrays in memory as far as the budget goes."""
         for array in self._arrays.values():
             array.keep = budget.take(array.nbytes)
 
@@ -183,12 +189,15 @@ class SegmentCache:
         self._loaded: dict[str, Segment] = {}
         self._budget = KeepBudget()
 
-    def load(self, name: str) -> Segment:
-        """The segment of that name."""
-        if name not in self._loaded:
-            self._loaded[name] = Segment(self._files, self._base, name, self._budget)
-        return self._loaded[name]
+    def load(self, names: Sequence[str]) -> list[Segment]:
+        """The segments of these names; many are read at a time, for a server may be far away."""
+        new = [name for name in names if name not in self._loaded]
+        with ThreadPoolExecutor(max(min(len(new), AT_A_TIME), 1)) as pool:
+            for segment in pool.map(functools.partial(Segment, self._files, self._base), new):
+                segment.keep_within(self._budget)
+                self._loaded[segment.name] = segment
+        return [self._loaded[name] for name in names]
 
     def all(self) -> list[Segment]:
         """Every committed segment now, sorted by name."""
-        return [self.load(name) for name in commit_names(self._files, self._base)]
+        return self.load(commit_names(self._files, self._base))

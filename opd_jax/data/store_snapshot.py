@@ -179,18 +179,19 @@ class Snapshot(RecordView):
         key = f"snapshots/{snapshot_hash}.json"
         body = files.read_document(key, "freeze the store again by running the stage that wrote it")
         self.path = files.path(key)
-        super().__init__([self._frozen(cache, entry) for entry in body["segments"]])
+        segments = cache.load([entry["name"] for entry in body["segments"]])
+        for segment, entry in zip(segments, body["segments"], strict=True):
+            self._check(segment, entry["digest"])
+        super().__init__(segments)
         if self.hash != snapshot_hash:
             raise DataError(f"{self.path}: is not the snapshot its name says; freeze again")
 
-    def _frozen(self, cache: SegmentCache, entry: dict[str, str]) -> Segment:
-        segment = cache.load(entry["name"])
-        if segment.digest != entry["digest"]:
+    def _check(self, segment: Segment, digest: str) -> None:
+        if segment.digest != digest:
             raise DataError(
                 f"{self.path}: segment {segment.name} is not the one that was frozen;"
                 " freeze the store again and redo what was made from this snapshot"
             )
-        return segment
 
 
 def checked_indices(indices: Iterable[int], records: int) -> np.ndarray:

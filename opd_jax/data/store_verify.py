@@ -84,7 +84,7 @@ def _loaded(cache: SegmentCache, names: list[str]) -> dict[str, Segment]:
     loaded: dict[str, Segment] = {}
     for name in names:
         try:
-            loaded[name] = cache.load(name)
+            (loaded[name],) = cache.load([name])
         except DataError:
             continue
     return loaded

@@ -148,6 +148,7 @@ def _check_scores(
     segment.report(found, bad, "have top-k log-probs that are not sorted, likeliest first", where)
     bad = rows_where(top, lambda x: np.exp(x.astype(np.float64)).sum(-1) > 1 + 4 * HALF_STEP)
     segment.report(found, bad, "have top-k probabilities that add up to more than 1", where)
+    _check_rest(segment, top, found)
     sampled = _sampled_tokens(places, rollouts)
     bad = [
         row
@@ -165,6 +166,25 @@ def _check_masses(segment: CheckedSegment, found: Findings) -> None:
             bad = rows_where(rows, lambda x: ~np.isfinite(x) | (x < -1e-4) | (x > highest))  # noqa: B023
             what = f"have a {field} that is not finite, below 0 or above {highest:g}"
             segment.report(found, bad, what, f"{segment.path}/{field}")
+
+
+def _check_rest(segment: CheckedSegment, top: list[np.ndarray | None], found: Findings) -> None:
+    """The top-k and the mass of all others are everything there is."""
+    rest = segment.rows.get("topk_rest")
+    if rest is None:
+        return
+    both = zip(top, rest, strict=True)
+    bad = [
+        row for row, (x, y) in enumerate(both) if x is not None and y is not None and _open(x, y)
+    ]
+    what = "have a top-k and a mass of all others that do not add up to 1"
+    segment.report(found, bad, what, f"{segment.path}/topk_rest")
+
+
+def _open(top: np.ndarray, rest: np.ndarray) -> bool:
+    inside = np.exp(top.astype(np.float64))
+    slack = HALF_STEP * (1 + np.sum(inside * np.abs(top.astype(np.float64)), axis=-1))
+    return bool(np.any(np.abs(inside.sum(-1) + rest - 1) > slack + 1e-3))
 
 
 def _sampled_tokens(

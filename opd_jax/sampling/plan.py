@@ -25,6 +25,7 @@ from opd_jax.model.transformer import LanguageModel
 
 SHORTEST_PAGE = {True: 128, False: 256}  # on CPUs and elsewhere, if the longest sample is longer
 MOST_PLACES = 2  # for readers of shared prompts, for each slot
+COARSE = 4  # numbers of pages, where these are rounded up
 MOST_LEVELS = 8  # pages of the longest sample
 SHARED = 0.9  # prompts are shared if all pages then hold at most this share of the tokens
 CGROUP = Path("/sys/fs/cgroup")
@@ -62,6 +63,8 @@ def plan_cache(
     leasts: Sequence[int],
     limits: Sequence[int],
     samples: Sequence[int] = (1,),
+    *,
+    coarse: bool = False,
 ) -> CachePlan:
     """Slots for some requests, given the length of each prompt, the least length of each response
     and its limit, and for each prompt its samples.
@@ -69,6 +72,9 @@ def plan_cache(
     Of each level there are pages for the samples that can get so long, or for the square root of
     the share that will, if a response's length is anything from its least to its limit with equal
     chance: more than that, because to wait for pages costs whole steps.
+
+    Args:
+        coarse: the counts of pages are rounded up, so that other requests find programs compiled.
     """
     shards = 1 if model.mesh is None else axis_size(model.mesh, "batch")
     rows = -(-min(slots, 1 << (len(prompts) - 1).bit_length()) // shards)
@@ -80,6 +86,10 @@ def plan_cache(
         shape = _prompt_pages(cpu, rows, max(prompts), each)
         shared = replace(shared, shards=shards, prompts=shape)
         pages = shared if shared.tokens <= SHARED * pages.tokens else pages
+    if coarse:
+        step = max(rows // COARSE, 1)
+        counts = (min(-(-count // step) * step, rows) for count in pages.counts)
+        pages = replace(pages, counts=tuple(counts))
     return CachePlan(pages, cache_token_bytes(model))
 
 
@@ -124,10 +134,13 @@ def _share_beyond(
     return min(can, math.sqrt(will))
 
 
-def check_memory(plan: CachePlan, model: LanguageModel, *, copies: bool = True) -> None:
+def check_memory(
+    plan: CachePlan, model: LanguageModel, waiting: int = 0, *, copies: bool = True
+) -> None:
     """Raises ConfigError, with the arithmetic, if the slots do not fit the free memory.
 
     Args:
+        waiting: tokens of the largest prefill, whose keys and values wait for slots.
         copies: the weights in the order of decoding, a second copy, are still to be made.
     """
     mesh = model.mesh
@@ -139,10 +152,12 @@ def check_memory(plan: CachePlan, model: LanguageModel, *, copies: bool = True) 
     if free is None:
         return
     cache, logits = plan.total_bytes / ways, 4 * plan.pages.rows * model.arch.vocab_size / ways
+    prompts = waiting * plan.token_bytes / ways
     weights = _weight_bytes(model) / whole if copies else 0
-    if cache + logits + weights > free:
+    if cache + prompts + logits + weights > free:
         where = f", {_size(cache)} a device" if ways > 1 else ""
         copy = f", {_size(weights)} for weights in the order of decoding" if copies else ""
+        copy += f", {_size(prompts)} for prompts that wait" if waiting else ""
         raise ConfigError(
             f"sampling: {plan}{where}, {_size(logits)} of logits{copy}, but {_size(free)} are free;"
             " lower slots or max_new_tokens, or use more devices"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,13 +115,17 @@ def plan_for(
     prompts = [max(n, longest_prompt) if n == longest else n for n in prompts]
     leasts = [s.min_new_tokens for s in settings]
     samples = [len(group) for group in by_prompt(requests)] if together else (1,)
-    cache = plan_cache(job.model, job.sampling.slots, prompts, leasts, limits, samples)
-    check_memory(cache, job.model, copies=job.split is None)
+    coarse = job.bucket is not None
+    slots = job.sampling.slots
+    cache = plan_cache(job.model, slots, prompts, leasts, limits, samples, coarse=coarse)
     pages = cache.pages
     rows = max(pages.rows // 16 // pages.shards, 1) * pages.shards  # few slots wait for a refill
     ends = tuple(sorted(job.end_ids))
     program = engine.Program(job.model, pages, uses_of(settings), ends, mesh, job.round_steps)
-    return Plan(program, cache, rows, max(limits), _plan_prefills(job, requests, pages, rows))
+    prefills = _plan_prefills(job, requests, pages, rows)
+    waiting = max(map(math.prod, zip(prefills.lengths, prefills.rows, strict=True)))
+    check_memory(cache, job.model, waiting, copies=job.split is None)
+    return Plan(program, cache, rows, max(limits), prefills)
 
 
 def _plan_prefills(

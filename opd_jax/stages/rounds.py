@@ -20,6 +20,7 @@ from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.stages.watching import rollout_probe
 from opd_jax.teacher.consistency import check_same_model, recorded
+from opd_jax.teacher.summary import lines, summarize
 from opd_jax.train.guard import Figures
 from opd_jax.train.loop import NextBatch, Source
 from opd_jax.train.probes import Probe
@@ -149,8 +150,12 @@ class RoundRollouts:
             self._use(Rollouts(snapshot, store.open_pass(pass_name(self.scoring))))
             return
         store, snapshot = self._sample(folder, current())
-        scoring = self.scoring._replace(unit=f"scored for round {number}")
+        # The program and the teacher are the same in every round: one test is enough.
+        first = len(self.rounds.snapshots) == 1
+        scoring = self.scoring._replace(unit=f"scored for round {number}", self_test=first)
         scores, _ = score(self.ctx, scoring, store, snapshot)
+        told = lines(summarize(snapshot, scores, self.ctx.tokenizer("student").decode), shown=0)
+        say(stage_line(f"train.{self.name}", f"round {number}: {told[0]}"))
         if not self.run.guard.teacher:
             self.ctx.release_models()  # the teacher's memory is the training's again
         self.rounds.snapshots.append(snapshot.hash)

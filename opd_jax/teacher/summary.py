@@ -87,7 +87,8 @@ def lines(summary: dict[str, Any], shown: int = 3) -> list[str]:
     low = summary["quantiles"]["0.01"]
     found = [
         f"log-probs a token: teacher {summary['teacher']:.3f}, the student that drew them "
-        f"{summary['student']:.3f}; {summary['apart']:.1%} more than 1 nat apart, "
+        f"{summary['student']:.3f}, difference {summary['difference']:+.3f}; "
+        f"{summary['apart']:.1%} more than 1 nat apart, "
         f"1% of tokens below {low:.1f}"
     ]
     for token in summary["surprising"][:shown]:

@@ -97,18 +97,21 @@ def test_text_in_brackets_is_printed_as_it_is(capsys):
     assert capsys.readouterr().out == "mesh [data=2] is [bold]\n"
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_gets_all_on_a_line_and_a_bar_where_there_is_room(monkeypatch, clock, width):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(progress.sys, "stdout", screen)
-    monkeypatch.setattr(
-        progress, "_console", progress.Console(file=screen, force_terminal=True, width=120)
-    )
-    with StageProgress("rollout", total=4) as stage:
-        stage.add(2, tokens=20)
-        stage._warm_until = 0.0
-        stage.add(1, tokens=10, note="busy")
+    console = progress.Console(file=screen, force_terminal=True, width=width)
+    monkeypatch.setattr(progress, "_console", console)
+    with StageProgress("rollout", total=4000, unit="sampled") as stage:
+        stage.add(2000, tokens=20)
+        clock[0] += 100.0
+        stage.add(1000, tokens=181_000, note="mean 181 tokens  3.1% truncated")
         stage._bar.refresh()
-        shown = screen.getvalue()
-    assert re.search(r"rollout .*3/4.*tok/s.*busy", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
-    assert "3 records" in screen.getvalue()
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    told = "3,000/4,000 sampled  1,810 tok/s  1 min 40 s left  mean 181 tokens"
+    line = next(x for x in re.split(r"[\r\n]+", shown) if told in x)
+    assert line.startswith("rollout ")
+    assert ("━" in line) == ("3.1% truncated" in line) == (width == 120)
+    assert "3,000 sampled" in screen.getvalue()

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,13 @@ def make_scores(index, length, k):
     if not k:
         return Scores(logprob)
     ids = rng.integers(0, 150_000, (length, k)).astype(np.int32)
-    return Scores(logprob, ids, -rng.exponential(size=(length, k)).astype(np.float16))
+    top = -rng.exponential(size=(length, k)).astype(np.float16)
+    rest, entropy = rng.random((2, length)).astype(np.float32)
+    return Scores(logprob, ids, top, rest, entropy)
 
 
 def assert_same(actual, wanted):
-    for name in ("logprob", "topk_ids", "topk_logprob"):
+    for name in ("logprob", "topk_ids", "topk_logprob", "topk_rest", "entropy"):
         value, expected = getattr(actual, name), getattr(wanted, name)
         if expected is None:
             assert value is None
@@ -65,6 +68,19 @@ def test_scores_come_back_whatever_order_they_were_made_in(order, k, flush_every
         for index, actual in zip(order, reopened.read_many(snapshot, order), strict=True):
             assert_same(actual, make_scores(index, LENGTHS[index], k))
         reopened.verify(snapshot)
+
+
+def test_a_segment_without_the_top_k_that_its_pass_promises_is_refused(tmp_path):
+    store, snapshot, _ = scored_store(tmp_path)
+    scoring = store.create_pass("wide", {"top_k": 2})
+    with scoring.writer(snapshot) as writer:
+        for index, length in enumerate(LENGTHS):
+            writer.append(index, make_scores(index, length, 2 * (index != 3)))
+            writer.flush()
+    assert len(scoring.read_many(snapshot, [1, 2, 4])) == 3
+    with pytest.raises(DataError, match=r"data/w00000-000003-\w+: has no topk_ids, and pass.json"):
+        scoring.read_many(snapshot, [1, 3])
+    assert scoring.read_many(snapshot, [1, 3], topk=False)[1].topk_ids is None
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -144,9 +160,9 @@ def test_contradictory_scores_are_refused(tmp_path):
         for scores, message in [
             (Scores(full.logprob), "has logprob, the others differ"),
             (Scores(full.logprob, full.topk_ids), "come together"),
-            (Scores(full.logprob, full.topk_ids, full.topk_logprob[:, :3]), "widths 4 and 3"),
+            (replace(full, topk_logprob=full.topk_logprob[:, :3]), "widths 4 and 3"),
             (make_scores(2, 16, 5), "widths 5 and 5, others 4"),
-            (Scores(full.logprob, full.topk_ids[:9], full.topk_logprob), "9 scores"),
+            (replace(full, topk_ids=full.topk_ids[:9]), "9 scores"),
         ]:
             with pytest.raises(DataError, match=message):
                 writer.append(2, scores)

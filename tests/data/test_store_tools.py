@@ -243,12 +243,23 @@ def bad_scores(what):
     elif what == "too likely":
         ids[3] = (make_record(0).response_ids[3] + 1 + np.arange(K)) % VOCAB
         logprob[3] = top[3, -1] + 0.1
-    return Scores(logprob, ids, top)
+    inside = np.exp(top.astype(np.float64)).sum(-1)
+    rest, entropy = (1 - inside).astype(np.float32), np.ones(len(logprob), np.float32)
+    if what == "other rest":
+        rest[3] += 0.01
+    elif what == "rest nan":
+        rest[3] = np.nan
+    elif what == "entropy":
+        entropy[3] = -0.5
+    return Scores(logprob, ids, top, rest, entropy)
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
+        ("other rest", "/topk_rest: .*do not add up to 1"),
+        ("rest nan", "/topk_rest: .*topk_rest that is not finite, below 0 or above 1"),
+        ("entropy", "/entropy: .*entropy that is not finite, below 0 or above inf"),
         ("nan", "/logprob: .*scores that are not finite or above 0"),
         ("positive", "/logprob: .*scores that are not finite or above 0"),
         ("id twice", "/topk_ids: .*top-k id twice at one position"),

@@ -1,6 +1,5 @@
 """Run in a process of its own: compile the sampler's programs for absent devices.
 
-python tests/fit/compile_sampler.py v5e:2x4 dense
 python tests/fit/compile_sampler.py v5e:2x4 shared
 python tests/fit/compile_sampler.py h100:8 experts
 """
@@ -50,7 +49,6 @@ EXPERTS = dataclasses.replace(
     norm_topk_prob=True,
 )
 CASES = {
-    "dense": (DENSE, MeshConfig(fsdp=2, tensor=2, data=2), None),
     "shared": (DENSE, MeshConfig(fsdp=2, tensor=2, data=2), PromptPages(2, 4, PROMPT)),
     "experts": (EXPERTS, MeshConfig(fsdp=2, tensor=2, expert=2), None),
 }

@@ -1,7 +1,7 @@
 """The sampler's programs compile for absent devices; a decode step sends no weight.
 
 On a mesh with `fsdp`, `tensor` and `data` or `expert` of 2, and pages on two levels; `shared` has
-those of `dense`, and pages for prompts.
+pages for prompts too.
 """
 
 import json
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("compile_sampler.py")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "case"),
-    [("v5e:2x4", "dense"), ("h100:8", "shared"), ("v5e:2x4", "experts"), ("h100:8", "experts")],
+    [("v5e:2x4", "shared"), ("h100:8", "shared"), ("v5e:2x4", "experts"), ("h100:8", "experts")],
 )
 def test_decoding_sends_activations_alone_and_keeps_its_cache_in_place_on(target, case):
     command = [sys.executable, str(SCRIPT), target, case]
@@ -33,6 +33,7 @@ def test_decoding_sends_activations_alone_and_keeps_its_cache_in_place_on(target
     # Of all slots, float32: less than a sixth of a device's part of the smallest matrix.
     assert largest["bytes"] <= max(found["hidden_bytes"], found["noise_bytes"]), largest
     for name in ("start", "decode"):
-        assert found["programs"][name]["alias_bytes"] >= found["cache_bytes"], name
+        kept = found["programs"][name]["alias_bytes"]  # the cache, a device's part, and little more
+        assert found["cache_bytes"] <= kept < 1.1 * found["cache_bytes"], name
     # Weights that are gathered before the loop would lie there: the head alone is 150 MB.
     assert found["programs"]["decode"]["temp_bytes"] < found["cache_bytes"]

@@ -19,7 +19,7 @@ from opd_jax.data.tokenizer import load_tokenizer
 from opd_jax.model.hf_export import export_folder
 from opd_jax.model.load import read_model
 from opd_jax.sampling.queue import Request
-from opd_jax.sampling.sampler import SamplingJob, generate
+from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 from tests.sampling.reference import bent_probs, log_softmax
 
 pytestmark = pytest.mark.parity
@@ -176,6 +176,28 @@ def test_logprobs_of_samples_are_teacher_forced(ours, tokenizer, bend):
         worst = np.maximum(worst, np.abs(errors).max(axis=1))
     print(f"{sum(len(s.token_ids) for s in samples)} tokens: {worst[0]:.1e}, drawn {worst[1]:.1e}")
     assert worst.max() < 1e-4
+
+
+def test_logprobs_of_samples_that_share_a_long_prompt_are_teacher_forced(ours, tokenizer):
+    model, params = ours
+    sampling = SamplingConfig(max_new_tokens=24, slots=8)
+    text = " ".join(chat[:400] for chat in dev_prompts()[:6])
+    prompts = [np.array(tokenizer.encode(text)[:n]) for n in (230, 211)]
+    requests = [Request(str(i), j, ids) for i, ids in enumerate(prompts) for j in range(8)]
+    job = SamplingJob(model, params, sampling, tokenizer.end_ids, 0)
+    plan = plan_for(job, requests)
+    assert plan.program.pages.prompts is not None
+    samples = list(generate(job, requests, plan))
+    rows = [[*s.request.prompt_ids, *s.token_ids] for s in samples]
+    padded = np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+    worst = 0.0
+    for sample, logits_tv in zip(samples, our_logits(model, params, padded), strict=True):
+        at, n = len(sample.request.prompt_ids) - 1, len(sample.token_ids)
+        logits_nv = logits_tv[at : at + n]
+        plain = [log_softmax(x)[i] for x, i in zip(logits_nv, sample.token_ids, strict=True)]
+        worst = max(worst, float(np.abs(sample.logprobs - plain).max()))
+    print(f"{sum(len(s.token_ids) for s in samples)} tokens: {worst:.1e}")
+    assert worst < 1e-4
 
 
 def test_weights_come_back_bit_for_bit(theirs, ours, tokenizer):

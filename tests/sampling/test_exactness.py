@@ -114,6 +114,7 @@ def test_logprobs_are_the_forward_s(case, bends):
     assert len(requests) == 48 > 8 * plan.program.slots
     assert len(plan.prefills.lengths) > 1
     assert max(plan.prefills.rows) == 1
+    assert plan.program.pages.prompts is not None
     samples = list(generate(job, requests, plan))
     assert {(s.request.prompt_id, s.request.sample_index) for s in samples} == {
         (r.prompt_id, r.sample_index) for r in requests

@@ -212,6 +212,20 @@ def test_mixed_lengths_do_not_pay_for_the_longest():
     assert certain.pages.counts == (64,) * len(pages.counts)  # all get as long
 
 
+def test_calls_with_other_mixtures_of_lengths_find_their_programs():
+    model, found = tiny_model(max_position=8192), {}
+    for coarse in (True, False):
+        rng = np.random.default_rng(0)
+        mixtures = [[4096, *rng.integers(2000, 4097, 63).tolist()] for _ in range(20)]
+        plans = [
+            plan.plan_cache(model, 64, [200] * 64, [0] * 64, limits, coarse=coarse)
+            for limits in mixtures
+        ]
+        found[coarse] = {made.pages.counts for made in plans}
+    assert len(found[True]) <= 3
+    assert len(found[False]) > 10
+
+
 def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params, monkeypatch):
     model, params = model_and_params
     monkeypatch.setattr(plan, "free_bytes", lambda mesh: 1000.0)
@@ -219,7 +233,7 @@ def test_slots_that_do_not_fit_are_refused_with_the_arithmetic(model_and_params,
     wanted = (
         r"2 slots, 2 pages of 16 tokens x 256 bytes a token = 8.0 KiB of keys and values, "
         r"4.0 KiB a slot, 224 bytes of logits, \d.* KiB for weights in the order of decoding, "
-        r"but 1,000 bytes are free; lower slots or max_new_tokens"
+        r"2.0 KiB for prompts that wait, but 1,000 bytes are free; lower slots or max_new_tokens"
     )
     with pytest.raises(ConfigError, match=wanted):
         generate(job, requests_of(2, 1))
@@ -230,9 +244,9 @@ def test_the_copy_of_the_weights_needs_memory_once(model_and_params, monkeypatch
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     sampling = SamplingConfig(max_new_tokens=4, slots=2)
     job = SamplingJob(model, params, sampling, END, 0)
-    monkeypatch.setattr(plan, "free_bytes", lambda mesh: 8192 + 224 + weights)
+    monkeypatch.setattr(plan, "free_bytes", lambda mesh: 8192 + 2048 + 224 + weights)
     plan_for(job, requests_of(2, 1))
-    monkeypatch.setattr(plan, "free_bytes", lambda mesh: 8192 + 224 + weights - 1)
+    monkeypatch.setattr(plan, "free_bytes", lambda mesh: 8192 + 2048 + 224 + weights - 1)
     with pytest.raises(ConfigError, match="weights in the order of decoding"):
         plan_for(job, requests_of(2, 1))
     plan_for(dataclasses.replace(job, split=params), requests_of(2, 1))

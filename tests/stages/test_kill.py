@@ -122,6 +122,7 @@ def test_killed_again_and_again_rollouts_are_those_of_an_undisturbed_run(tmp_pat
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text()
     found = json.loads(done.stdout.splitlines()[-1])
+    assert "for prompts that samples share" in (tmp_path / "log.txt").read_text()
     kept = found["commits"]
     (want, straight), (got, killed) = (records(tmp_path / x) for x in ("straight", "killed"))
     torn = len(list((tmp_path / "killed" / "rollouts" / "data").iterdir())) - killed

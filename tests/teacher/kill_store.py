@@ -111,7 +111,7 @@ def record_digest_of(record):
 
 
 def same_scores(one, other):
-    names = ("logprob", "topk_ids", "topk_logprob")
+    names = ("logprob", "topk_ids", "topk_logprob", "topk_rest")
     return all(getattr(one, n).tobytes() == getattr(other, n).tobytes() for n in names)
 
 
