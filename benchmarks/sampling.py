@@ -6,7 +6,8 @@ Random weights that both sides read from one folder; no end token, every respons
 that it was given. Only tokens that were asked for count.
 
     ragged   64 prompts of 20 to 200 tokens, responses of a long-tailed length (mean about 64, at
-             most 256), 16 slots; theirs in batches of 16, each of which waits for its longest row
+             most 256), 16 slots; our cache is planned for responses of any length up to 256; theirs
+             in batches of 16, each of which waits for its longest row
     static   16 of those prompts, 64 tokens each: one full batch, nothing to refill
     single   one prompt of 64 tokens, 64 tokens
     first    the same prompt, one token: the time to the first token
@@ -30,7 +31,7 @@ from common import report
 from model import SHAPE, make_model
 from sides import Side, alternate, arguments, ratio, serve
 
-BATCH = 16
+BATCH, LONGEST = 16, 256
 SLOTS = (1, 4, 16, 64)
 SHARED = ("shared", "copied")
 SAMPLES = 16  # of each prompt there
@@ -43,7 +44,7 @@ def work(what):
 
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 201, 64)
-    lengths = np.clip(rng.lognormal(np.log(36), 0.9, 64).round(), 1, 256).astype(int)
+    lengths = np.clip(rng.lognormal(np.log(36), 0.9, 64).round(), 1, LONGEST).astype(int)
     if what == "static":
         sizes, lengths = sizes[:BATCH], np.full(BATCH, 64)
     elif what in ("single", "first"):
@@ -79,6 +80,11 @@ def ours(folder, what):
     split = split_layers(model, params)
     job = SamplingJob(model, params, SamplingConfig(slots=slots), (), 0, split=split)
     plan = plan_for(job, requests)
+    if (
+        what == "ragged"
+    ):  # which response gets how long is not known when slots and pages are laid out
+        unknown = SamplingConfig(max_new_tokens=LONGEST)
+        plan = plan_for(job, [replace(request, sampling=unknown) for request in requests])
     assert (plan.program.pages.prompts is not None) == (what in SHARED)
     if what == "copied":
         sizes = [len(r.prompt_ids) for r in requests]
