@@ -617,6 +617,27 @@ def test_the_documents_example_reads_a_pass_alike(sound, name):
     np.testing.assert_array_equal(found["logprob"], wanted)
 
 
+def test_a_store_of_many_segments_is_opened_without_numpy_s_parser(tmp_path, monkeypatch):
+    """Segments load in several threads, and Python 3.11 compiles headers in one at a time only."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError
+
+    store = create_store(tmp_path, META)
+    with store.writer() as writer:
+        for index in range(70):
+            writer.append(make_record(index % RECORDS, prompt_id=f"p{index}"))
+            writer.flush()
+    wanted = store.freeze()
+    monkeypatch.setattr(np.lib.format, "read_array", refuse)
+    snapshot = open_store(tmp_path).open_snapshot(wanted.hash)
+    assert len(snapshot.segments) == len(snapshot) == 70
+    for number, (column, again) in enumerate(
+        zip(wanted.lengths(), snapshot.lengths(), strict=True)
+    ):
+        np.testing.assert_array_equal(column, again, err_msg=str(number))
+
+
 # size
 
 READER = """
