@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -243,15 +244,20 @@ def bad_scores(what):
     elif what == "too likely":
         ids[3] = (make_record(0).response_ids[3] + 1 + np.arange(K)) % VOCAB
         logprob[3] = top[3, -1] + 0.1
-    inside = np.exp(top.astype(np.float64)).sum(-1)
-    rest, entropy = (1 - inside).astype(np.float32), np.ones(len(logprob), np.float32)
+    scores = with_rest(Scores(logprob, ids, top))
     if what == "other rest":
-        rest[3] += 0.01
+        scores.topk_rest[3] += 0.01
     elif what == "rest nan":
-        rest[3] = np.nan
+        scores.topk_rest[3] = np.nan
     elif what == "entropy":
-        entropy[3] = -0.5
-    return Scores(logprob, ids, top, rest, entropy)
+        scores.entropy[3] = -0.5
+    return scores
+
+
+def with_rest(scores):
+    rest = np.maximum(1 - np.exp(scores.topk_logprob.astype(np.float64)).sum(-1), 0)
+    entropy = np.ones(len(scores.logprob), np.float32)
+    return replace(scores, topk_rest=rest.astype(np.float32), entropy=entropy)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,7 @@ def test_impossible_scores_are_named(tmp_path, what, message):
     snapshot = store.freeze()
     with store.create_pass("t", {"top_k": K}).writer(snapshot) as writer:
         writer.append(0, bad_scores(what))
-        writer.append(1, make_scores(make_record(1)))
+        writer.append(1, with_rest(make_scores(make_record(1))))
     problems = findings(tmp_path).problems
     assert any(re.search(message, line) for line in problems), problems
     assert all("1 of 2 records" in line for line in problems)
