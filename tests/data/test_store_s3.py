@@ -8,6 +8,7 @@ from opd_jax.data.records import Scores
 from opd_jax.data.store import create_store, open_store
 from opd_jax.data.store_files import StoreFiles
 from opd_jax.errors import DataError
+from opd_jax.main import main
 
 RECORDS = [make_record(f"p{i}", s, response=9 + 40 * i) for i in range(6) for s in range(2)]
 
@@ -109,3 +110,20 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket):
         with pytest.raises(DataError, match=rf"^{root}.*({cause}).*;") as caught:
             create_store(root, META)
         assert "\n" not in str(caught.value)
+
+
+def test_verify_and_inspect_work_there(bucket, capsys):
+    url = f"{bucket}/store"
+    store = create_store(url, META)
+    write_all(store, RECORDS, flush_every=4)
+    write_pass(store, store.freeze(), range(12))
+    assert main(["--verify", url]) == 0
+    assert main(["--inspect", url]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "records 12, of 6 prompts, in 3 segments" in told
+    (segment, *_) = sorted(store.files.names("commits/"))
+    key = f"data/{segment}/records.npz"
+    whole = store.files.read(key, "")
+    store.files.kvstore.write(key, whole[:-1] + b"?").result()
+    assert main(["--verify", url]) != 0
+    assert key in capsys.readouterr().out
