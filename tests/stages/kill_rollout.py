@@ -23,7 +23,7 @@ from pathlib import Path
 
 KILLS, EARLY, SEED, LIMIT_SECONDS = 20, 3, 11, 120
 SETTINGS = (
-    *("prompts.opd_limit=50", "rollout.samples_per_prompt=8"),
+    *("prompts.opd_limit=100", "rollout.samples_per_prompt=8"),
     *("rollout.slots=8", "rollout.max_new_tokens=40"),  # so short that samples share their prompts
 )
 

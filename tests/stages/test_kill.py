@@ -129,6 +129,6 @@ def test_killed_again_and_again_rollouts_are_those_of_an_undisturbed_run(tmp_pat
     print(f"commits at the kills: {found}; {torn} kills left a segment without its commit")
     assert (len(kept), len(found["early"])) == (20, 3)
     assert kept == sorted(set(kept))  # every process committed something before its end
-    assert kept[-1] < killed == straight == len(want) == 400
+    assert kept[-1] < killed == straight == len(want) == 800
     assert any(before == after for before, after in found["early"])
     assert got == want
