@@ -53,7 +53,7 @@ class Scores:
     entropy: np.ndarray | None = None
 
 
-def blank_record(prompt_tokens: int, response_tokens: int) -> Record:
+def blank_record(key: tuple[str, int], prompt_tokens: int, response_tokens: int) -> Record:
     """A record of these lengths, all zeros: in the place of one that another process reads."""
     prompt, response = np.zeros(prompt_tokens, np.int32), np.zeros(response_tokens, np.int32)
-    return Record("", 0, prompt, response, np.zeros(response_tokens, np.float32), "length")
+    return Record(*key, prompt, response, np.zeros(response_tokens, np.float32), "length")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from opd_jax.data.records import Record
+from opd_jax.data.records import Record, blank_record
 from opd_jax.data.store_files import StoreFiles
 from opd_jax.data.store_rows import FINISH_REASONS, record_digest, record_keys
 from opd_jax.data.store_segments import Segment, SegmentCache
@@ -116,6 +117,10 @@ class RecordView:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response lengths, int64 [r] each, without reading a token."""
+        return self._lengths
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
         return self._order.column("len_prompt"), self._order.column("len_response")
 
     def truncated(self) -> float:
@@ -135,6 +140,11 @@ class RecordView:
         return [
             self._record(index, *row) for index, row in zip(wanted.tolist(), tokens, strict=True)
         ]
+
+    def blank(self, index: int) -> Record:
+        """Zeros in the place of a record that is not read."""
+        prompt_r, response_r = self._lengths
+        return blank_record(self.keys[index], int(prompt_r[index]), int(response_r[index]))
 
     def _record(
         self, index: int, prompt: np.ndarray, response: np.ndarray, logprob: np.ndarray

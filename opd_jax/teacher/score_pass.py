@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from opd_jax.core.distributed import agreed, barrier
+from opd_jax.core.mesh import rows_here
 from opd_jax.core.preemption import told
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_pass import TeacherPass
@@ -85,7 +87,7 @@ def _scored(
         return batch, scorer.scores_of(packed, out)
 
     for batch in batches:
-        packed = read_packed(snapshot, batch)
+        packed = read_packed(snapshot, batch, scorer.model.mesh)
         begun.append((batch, packed, scorer.start(packed, batch.length, batch.rows)))
         if len(begun) > AHEAD:
             yield oldest()
@@ -93,7 +95,15 @@ def _scored(
         yield oldest()
 
 
-def read_packed(snapshot: Snapshot, batch: ScoreBatch) -> list[list[Record]]:
-    """The records of a batch, row by row."""
-    records = iter(snapshot.read_many(batch.indices))
-    return [[next(records) for _ in row] for row in batch.packed]
+def read_packed(
+    snapshot: Snapshot, batch: ScoreBatch, mesh: Mesh | None = None
+) -> list[list[Record]]:
+    """The records of a batch, row by row.
+
+    Args:
+        mesh: those of rows that other processes hold are blank; `None`: all are read.
+    """
+    here = rows_here(mesh, batch.rows)
+    near = [index for row, mine in zip(batch.packed, here, strict=False) if mine for index in row]
+    read = dict(zip(near, snapshot.read_many(near) if near else [], strict=True))
+    return [[read[i] if i in read else snapshot.blank(i) for i in row] for row in batch.packed]

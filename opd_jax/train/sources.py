@@ -25,7 +25,7 @@ from opd_jax.data.collate import (
     spread_rows,
 )
 from opd_jax.data.loader import batches, sequence_steps, step_order, token_steps
-from opd_jax.data.records import Record, Scores, blank_record
+from opd_jax.data.records import Record, Scores
 from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import ConfigError
@@ -82,7 +82,7 @@ def sft_source(
         records = dict(zip(near, snapshot.read_many(near) if near else [], strict=True))
 
         def record(r: int) -> Record:
-            return records[r] if r in records else blank_record(prompt_r[r], response_r[r])
+            return records[r] if r in records else snapshot.blank(r)
 
         return packed_rows([[record(r) for r in row] for row in chosen], row_tokens)
 
@@ -233,7 +233,7 @@ def rollout_source(
         def scored(place: int) -> Scored:
             if place in known:
                 return known[place]
-            record = blank_record(prompt_r[indices[place]], response_r[indices[place]])
+            record = snapshot.blank(indices[place])
             return Scored(record, Scores(record.student_logprob))
 
         return packing.batch(packed[step], [*map(scored, range(len(indices)))], shape)
