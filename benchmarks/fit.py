@@ -109,7 +109,7 @@ def peer(target, config, devices):
 
 SCALING = {
     "v5e": {chips: f"v5e-{chips}" for chips in (16, 32, 64, 128, 256)},
-    "v5p": {cores // 2: f"v5p-{cores}" for cores in (16, 32, 64, 128, 256, 512)},
+    "v5p": {cores // 2: f"v5p-{cores}" for cores in (32, 64, 128, 256, 512, 1024)},
 }
 """Chips to the slice's name."""
 ONLINE = "30B-A3B online, 8 x H100"
@@ -196,8 +196,8 @@ def figures(found, program):
 
 
 def versions():
-    """Of the compilers, and of this project."""
-    revision = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    """Of the compilers, and of this project: to be asked before a row is compiled."""
+    revision = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     done = subprocess.run(revision, capture_output=True, text=True, check=False)
     found = {name: version(name) for name in ("jax", "libtpu", "jax-cuda12-plugin")}
     return {**found, "revision": done.stdout.strip()}
@@ -223,12 +223,13 @@ def compile_rows(names, keep):
             (Path(scratch) / model).mkdir()
             (Path(scratch) / model / "config.json").write_text(json.dumps(config))
         for name in names:
+            made_by = versions()
             found, program = compile_row(name, Path(scratch))
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(found.to_json(), indent=1)
                 (keep / f"{name.replace(' ', '_')}.json").write_text(text)
-            record(name, figures(found, program) | {"problem": program.problem[:60], **versions()})
+            record(name, figures(found, program) | {"problem": program.problem[:60], **made_by})
 
 
 def print_scaling(rows):
