@@ -267,6 +267,32 @@ def print_rescued(seeds, objectives, rates):
             print(f"{SHOWN.get(name, name):24} x{rate:<5g}" + "  ".join(f"{c:14}" for c in cells))
 
 
+LIMITS = (-0.05, -0.08, -0.1, -0.12, -0.15, -0.2, -0.3)
+
+
+def print_limits(seeds):
+    """What a guard without fresh samples keeps with other limits of log W / T."""
+    from opd_jax.config_train import GuardConfig
+
+    found = [
+        points
+        for runs in seeds.values()
+        for name in ("sampled", "capped")
+        for rate in RATES
+        if rate <= 3
+        and "heldout_token_log_w" in (points := runs.get(run_name(name, rate), {})).get(0, {})
+    ]
+    if not found:
+        return
+    print(
+        f"mean reverse KL of the state kept, {len(found)} runs of sampled tokens, by token_log_w:"
+    )
+    for limit in LIMITS:
+        config = GuardConfig(action="stop", final="best", token_log_w=limit)
+        kept = mean(guarded(points, config, limited=True, blind=True)[2] for points in found)
+        print(f"  {limit:5.2f}  {kept:.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -283,6 +309,7 @@ def main():
     for figure, values in predictors(seeds).items():
         print(f"{figure:34}" + "  ".join(f"{key} {value:.3g}" for key, value in values.items()))
     print_rescued(seeds, given.objectives, given.rates)
+    print_limits(seeds)
     if given.write:
         plot(seeds, given.objectives, given.rates, ROOT / "docs" / "robustness.svg")
     figures = {}

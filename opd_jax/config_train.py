@@ -113,7 +113,7 @@ class GuardConfig(Frozen):
     patience: int = Field(default=2, ge=1)
     w_std: float = Field(default=0.5, gt=0)
     """Largest standard deviation of w = pi_theta / pi_ref over tokens."""
-    token_log_w: float = Field(default=-0.05, lt=0)
+    token_log_w: float = Field(default=-0.12, lt=0)
     """Least mean over responses of log W / tokens, W being the product of their tokens' w."""
     fresh: int = Field(default=32, ge=0)
     """Held-out prompts that the student answers anew at every evaluation; 0: none."""

@@ -125,7 +125,8 @@ def token_weights(
         weight_bt = weight_bt * jnp.minimum(jnp.exp(student_bt - sampler_bt), terms.weight_cap)
     if terms.position_gamma:
         before_bt, total_bt = _running_sums(jnp.abs(adv_bt), tokens.segments_bt)
-        share_bt = before_bt / jnp.maximum(total_bt, 1e-30)
+        # Differences of one running sum: by rounding they can leave 0 to 1, even far.
+        share_bt = jnp.clip(before_bt / jnp.maximum(total_bt, 1e-30), 0.0, 1.0)
         weight_bt = weight_bt * (1.0 + terms.position_gamma * (1.0 - share_bt))
     return jax.lax.stop_gradient(weight_bt)
 

@@ -113,7 +113,7 @@ def opd_shape(setup: Setup, loop: LoopConfig) -> Shape:
     config, model = setup.config, setup.model("student")
     longest = setup.prompt_tokens(model, config.rollout) + config.rollout.max_new_tokens
     topk = loop.objective == "topk"
-    support = support_size(config.score.top_k, loop.support) if topk else 0
+    support = support_size(config.score.top_k, loop.support, tail=loop.tail) if topk else 0
     parts = axis_size(setup.mesh, "time")
     packing = Packing.of(loop, longest, setup.ways, support, parts)
     count = loop.batch_size

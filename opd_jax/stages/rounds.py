@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from opd_jax.config_train import TrainRun
+from opd_jax.core.distributed import is_first
 from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
 from opd_jax.data.store import Store, create_store, open_store
@@ -62,6 +63,7 @@ class RoundRollouts:
             ConsistencyError: these are of other prompts or by another teacher than the config's.
         """
         self.ctx, self.name, self.rounds = ctx, name, rounds
+        self._tested = False
         self.run: TrainRun = ctx.config.train.runs[name]
         prompts = ctx.encoded_prompts("opd")
         samples = ctx.config.rollout.samples_per_prompt
@@ -150,12 +152,14 @@ class RoundRollouts:
             self._use(Rollouts(snapshot, store.open_pass(pass_name(self.scoring))))
             return
         store, snapshot = self._sample(folder, current())
-        # The program and the teacher are the same in every round: one test is enough.
-        first = len(self.rounds.snapshots) == 1
-        scoring = self.scoring._replace(unit=f"scored for round {number}", self_test=first)
+        # In one process all rounds have one program and teacher: one test is enough.
+        unit = f"scored for round {number}"
+        scoring = self.scoring._replace(unit=unit, self_test=not self._tested)
         scores, _ = score(self.ctx, scoring, store, snapshot)
-        told = lines(summarize(snapshot, scores, self.ctx.tokenizer("student").decode), shown=0)
-        say(stage_line(f"train.{self.name}", f"round {number}: {told[0]}"))
+        self._tested = True
+        if is_first():
+            told = lines(summarize(snapshot, scores, lambda _ids: ""), shown=0)
+            say(stage_line(f"train.{self.name}", f"round {number}: {told[0]}"))
         if not self.run.guard.teacher:
             self.ctx.release_models()  # the teacher's memory is the training's again
         self.rounds.snapshots.append(snapshot.hash)

@@ -117,7 +117,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
     lineage = _check_lineage(ctx, stage, store, scores)
     support = 0
     if config.objective == "topk":
-        support = support_size(scores.meta["top_k"], config.support)
+        support = support_size(scores.meta["top_k"], config.support, tail=config.tail)
     members, kept = held_out([key for key, _ in snapshot.keys], config.heldout)
     tell_if_unwatched(stage, config, kept)
     prompt_r, response_r = snapshot.lengths()
@@ -178,7 +178,7 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Jso
     lineage = _compare_teachers(ctx, f"train.{name}", live, "model.teacher")
     support = 0
     if config.objective == "topk":
-        support = support_size(ctx.config.score.top_k, config.support)
+        support = support_size(ctx.config.score.top_k, config.support, tail=config.tail)
     teacher_model, teacher_params = ctx.model("teacher")
     prompts = sorted(ctx.encoded_prompts("opd"))  # a snapshot's order
     requests = requests_for(prompts, ctx.config.rollout.samples_per_prompt)

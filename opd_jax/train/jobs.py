@@ -74,11 +74,11 @@ def objective_of(loop: LoopConfig) -> Objective:
         return Objective("sft", router_balance=loop.router_balance)
     kind = "sft" if loop.algorithm == "sft" else loop.objective
     terms = Terms(
-        loop.tau,
-        loop.reward_scale,
-        loop.kl_anchor,
-        loop.weight_cap,
-        loop.position_gamma,
-        loop.ratio_clip,
+        tau=loop.tau,
+        reward_scale=loop.reward_scale,
+        kl_anchor=loop.kl_anchor,
+        weight_cap=loop.weight_cap,
+        position_gamma=loop.position_gamma,
+        ratio_clip=loop.ratio_clip,
     )
     return Objective(kind, terms, loop.tail, loop.router_balance)

@@ -313,11 +313,11 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
     return Source(lambda _start: next_batch, pieces, run.steps_per_batch, names)
 
 
-def support_size(stored: int, wanted: int | None) -> int:
+def support_size(stored: int, wanted: int | None, *, tail: bool = False) -> int:
     """How much of a stored top-k to use.
 
     Raises:
-        ConfigError: less is stored than wanted, or nothing is.
+        ConfigError: less is stored than wanted, or nothing is; or it is one token without a tail.
     """
     if not stored:
         raise ConfigError(
@@ -328,5 +328,10 @@ def support_size(stored: int, wanted: int | None) -> int:
         raise ConfigError(
             f"support={wanted} is more than the {stored} stored; lower it, or raise score.top_k "
             "and redo the stage with --force score"
+        )
+    if (wanted or stored) == 1 and not tail:
+        raise ConfigError(
+            "objective 'topk' with one token and no tail has no loss: divided by its mass it is "
+            "certain for both; set tail=true, or take a larger support"
         )
     return wanted or stored

@@ -27,8 +27,8 @@ def test_a_healthy_run_is_left_alone_and_its_best_state_is_kept():
     [
         ({"w_std": 0.51}, "standard deviation of w on held-out rollouts is 0.510, beyond 0.5"),
         (
-            {"token_log_w": -0.06},
-            "log W per token of held-out rollouts is -0.060, beyond -0.05",
+            {"token_log_w": -0.13},
+            "log W per token of held-out rollouts is -0.130, beyond -0.12",
         ),
     ],
 )
@@ -72,11 +72,11 @@ def test_what_cannot_tell_two_states_apart_leaves_it_to_the_next_judge():
     """No answer is right: of two states the later is better, if it is within the limits."""
     guard = Guard(GuardConfig())
     none = {"fresh_accuracy": 0.0, "fresh_accuracy_stderr": 0.0}
-    drift = (0.0, -0.01, -0.06, -0.04)
+    drift = (0.0, -0.01, -0.13, -0.11)
     looks = [guard.look(s, {**none, **figures(token_log_w=x)}) for s, x in enumerate(drift)]
     assert [look.best for look in looks] == [True, True, False, True]
     near = {"fresh_accuracy": 0.5, "fresh_accuracy_stderr": 0.09}
-    far = figures(token_log_w=-0.06)
+    far = figures(token_log_w=-0.13)
     guard = Guard(GuardConfig())
     guard.look(0, {**near, **HEALTHY})
     assert not guard.look(1, {**near, "fresh_accuracy": 0.55, **far}).best
@@ -126,7 +126,7 @@ def test_an_error_that_is_not_known_gives_no_warning():
 
 def test_new_rollouts_are_not_measured_by_the_old_ones():
     guard = Guard(GuardConfig())
-    guard.look(0, figures(token_log_w=-0.04))
+    guard.look(0, figures(token_log_w=-0.11))
     guard.turn()
     assert not guard.look(1, figures(token_log_w=-0.01)).warnings
     assert guard.best == (figures(token_log_w=-0.01), 1)

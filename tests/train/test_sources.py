@@ -172,6 +172,10 @@ def test_an_answer_that_does_not_fit_a_row_is_refused(scored):
 def test_support_size():
     assert support_size(8, None) == 8
     assert support_size(8, 3) == 3
+    assert support_size(8, 1, tail=True) == support_size(1, None, tail=True) == 1
+    for stored, wanted in ((8, 1), (1, None)):
+        with pytest.raises(ConfigError, match="one token and no tail has no loss"):
+            support_size(stored, wanted)
     with pytest.raises(ConfigError, match="the pass has none"):
         support_size(0, None)
     with pytest.raises(ConfigError, match="support=9 is more than the 8 stored"):
