@@ -72,6 +72,9 @@ def test_every_two_steps_the_student_samples_and_is_scored(run, capsys):
     assert "round 1 begins after 2 steps" in text
     assert "sampled for round 2" in text
     assert "scored for round 2" in text
+    assert text.count("self-test of the teacher") == 1
+    assert "round 1: log-probs a token: teacher" in text
+    assert "round 2: log-probs a token: teacher" in text
     lineage = lineage_of(run)
     assert [x["step"] for x in lineage["rounds"]] == [2, 4]
     teachers = set()

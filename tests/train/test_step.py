@@ -6,10 +6,12 @@ import optax
 import pytest
 from models import tiny
 
+from opd_jax.algo.losses import Terms
 from opd_jax.config import MeshConfig
-from opd_jax.config_train import LoopConfig, OptimConfig
+from opd_jax.config_train import LoopConfig, OptimConfig, TrainRun
 from opd_jax.core.mesh import make_mesh, put_batch
 from opd_jax.errors import ConfigError
+from opd_jax.train.jobs import objective_of
 from opd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
 from opd_jax.train.step import (
     Objective,
@@ -209,3 +211,19 @@ def test_a_balance_loss_without_experts_is_refused():
     model, _ = tiny()
     with pytest.raises(ConfigError, match=r"router_balance=0.1: .*no experts"):
         make_train_step(model, Objective("sft", router_balance=0.1), make_optimizer(model, LOOP), 1)
+
+
+def test_every_option_of_a_run_reaches_its_objective():
+    values = {
+        "tau": 2.0,
+        "reward_scale": 1.5,
+        "kl_anchor": 0.3,
+        "weight_cap": 3.0,
+        "position_gamma": 0.5,
+    }
+    assert objective_of(TrainRun(**values)).terms == Terms(**values)
+    online = TrainRun(algorithm="opd", ratio_clip=0.2)
+    assert objective_of(online).terms == Terms(ratio_clip=0.2)
+    topk = objective_of(TrainRun(objective="topk", tail=True, router_balance=0.01))
+    assert (topk.kind, topk.tail, topk.router_balance) == ("topk", True, 0.01)
+    assert objective_of(TrainRun(algorithm="sft")).kind == "sft"
