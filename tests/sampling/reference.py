@@ -11,6 +11,16 @@ from opd_jax.model.architecture import Architecture
 from opd_jax.model.transformer import LanguageModel
 
 PADDED = 64
+BENDS = {
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "cold": {"temperature": 0.5},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.2},
+    "all": {"temperature": 1.3, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
+}
+CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}
 
 FAMILIES = {
     "llama": {"tie_embeddings": True, "qkv_bias": False, "qk_norm": False},
@@ -139,3 +149,14 @@ def _draw(logits_v, sampling, key):
     )
     with np.errstate(divide="ignore"):
         return int(np.argmax(np.log(prob_v) + gumbel_of(key, len(logits_v))))
+
+
+def assert_frequencies(tokens, prob_v):
+    """That the tokens were drawn so: chi-square at one error in a thousand; returns it."""
+    expected_v, seen_v = len(tokens) * prob_v, np.bincount(tokens, minlength=len(prob_v))
+    possible = expected_v > 0
+    assert not seen_v[~possible].any()
+    difference = seen_v[possible] - expected_v[possible]
+    chi_square = np.sum(difference**2 / expected_v[possible])
+    assert chi_square < CHI_SQUARE_999[possible.sum() - 1]
+    return chi_square
