@@ -17,7 +17,7 @@ from tests.sampling.reference import (
 )
 
 CASES = {**BENDS, "least length": {}}  # and no end token: none is drawn before all tokens are there
-VOCABULARY, TOKENS, SAMPLES = 7, 500, 200
+VOCABULARY, TOKENS, SAMPLES = 7, 250, 400
 
 
 @pytest.mark.slow

@@ -63,7 +63,6 @@ def assert_same(wanted, found):
         np.testing.assert_allclose(sample.logprobs, wanted[key].logprobs, atol=1e-5)
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize("shards", [1, 2])
 def test_samples_that_share_a_prompt_are_those_that_copy_it(model_and_params, shards):
     model, params = model_and_params
@@ -100,7 +99,6 @@ def test_in_a_page_with_many_places_it_does_not_matter_which_a_sample_has():
     assert_same_bits(wanted, run(model, params, requests[::-1], pages, sampling))
 
 
-@pytest.mark.exact
 def test_a_start_of_several_samples_takes_first_readers_and_others(model_and_params):
     model, params = model_and_params
     many = SAMPLING.model_copy(update={"slots": 32})
@@ -134,7 +132,6 @@ def letters(ids):
     return "".join(chr(97 + token) for token in ids)
 
 
-@pytest.mark.exact
 def test_on_a_mesh_the_samples_are_those_of_one_device(model_and_params):
     one, params = model_and_params
     model = dataclasses.replace(one, mesh=make_mesh(MeshConfig(tensor=2, fsdp=2)))
