@@ -1,17 +1,14 @@
 """Log-probs that the sampler returns are those of one forward over prompt and response.
 
 Over every kind of decoder, prompts of mixed lengths, several samples of each, and so many more
-requests than slots that every slot is refilled. In the odd cases samples share their prompts.
+requests than slots that every slot is refilled. But in the odd cases samples share their prompts.
 """
-
-import dataclasses
 
 import numpy as np
 import pytest
 
 from opd_jax.config import SamplingConfig
 from opd_jax.model.architecture import RopeScaling
-from opd_jax.model.cache import Pages, PromptPages
 from opd_jax.sampling.queue import Request
 from opd_jax.sampling.sampler import SamplingJob, generate, plan_for
 from tests.sampling.reference import (
@@ -25,7 +22,6 @@ from tests.sampling.reference import (
 LENGTHS = (1, 4, 16, 17, 9, 30, 2, 12)
 SAMPLES, NEW, SLOTS = 6, 12, 5
 END = (3, 5)
-SHARED = Pages((SLOTS, 2), 8, prompts=PromptPages(3, 3, 32))
 BENDS = (
     {},
     {"temperature": 0.7},
@@ -118,10 +114,10 @@ def test_logprobs_are_the_forward_s(case, bends):
     assert len(requests) == 48 > 8 * plan.program.slots
     assert len(plan.prefills.lengths) > 1
     assert max(plan.prefills.rows) == 1
-    assert plan.program.pages.prompts is None
+    assert plan.program.pages.prompts is not None
     if "odd" in case:
-        program = dataclasses.replace(plan.program, pages=SHARED)
-        plan = dataclasses.replace(plan, program=program)
+        plan = plan_for(job, requests, together=False)
+        assert plan.program.pages.prompts is None
     samples = list(generate(job, requests, plan))
     assert {(s.request.prompt_id, s.request.sample_index) for s in samples} == {
         (r.prompt_id, r.sample_index) for r in requests
