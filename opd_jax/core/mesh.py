@@ -173,8 +173,8 @@ def rows_here(mesh: Mesh | None, rows: int) -> np.ndarray:
     if mesh is None or rows % axis_size(mesh, "batch"):
         return np.ones(rows, bool)
     here = np.zeros(rows, bool)
-    for (rows_d,) in batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values():
-        here[rows_d] = True
+    for index in batch_sharding(mesh, 1).addressable_devices_indices_map((rows,)).values():
+        here[index] = True
     return here
 
 
