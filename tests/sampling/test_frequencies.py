@@ -16,7 +16,6 @@ from tests.sampling.reference import (
     tiny_model,
 )
 
-CASES = {**BENDS, "least length": {}}  # and no end token: none is drawn before all tokens are there
 VOCABULARY, TOKENS, SAMPLES = 7, 250, 400
 
 
@@ -30,16 +29,26 @@ def test_frequencies_are_the_exact_ones():
     params["head"] = 2 * params["head"]
     prompt = np.zeros(3, np.int32)
     logits_v = forced_logits(model, params, prompt, [0])[0]
-    ends = (int(np.argsort(logits_v)[-2]),)
-    for name, bends in CASES.items():
-        least = TOKENS if name == "least length" else 0
-        settings = SamplingConfig(
-            max_new_tokens=TOKENS, min_new_tokens=least, slots=SAMPLES // 2, **bends
-        )
-        job = SamplingJob(model, params, settings, ends if least else (), 3)
-        requests = [Request(name, i, prompt) for i in range(SAMPLES)]
-        tokens = np.concatenate([s.token_ids for s in generate(job, requests)])
-        assert len(tokens) == SAMPLES * TOKENS == 100_000
-        cut = np.isin(np.arange(VOCABULARY), ends) & (least > 0)
-        prob_v = bent_probs(np.where(cut, -1e30, logits_v), **bends)
-        print(f"{name}: chi-square {assert_frequencies(tokens, prob_v):.1f}")
+
+    def check(bends, end_ids, prob_of, **more):
+        """All kinds of draws side by side in the slots."""
+        common = SamplingConfig(max_new_tokens=TOKENS, slots=SAMPLES, **more)
+        job = SamplingJob(model, params, common, end_ids, 3)
+        requests = [
+            Request(name, i, prompt, common.model_copy(update=bend))
+            for name, bend in bends.items()
+            for i in range(SAMPLES)
+        ]
+        drawn = {name: [] for name in bends}
+        for sample in generate(job, requests):
+            drawn[sample.request.prompt_id].append(sample.token_ids)
+        for name, bend in bends.items():
+            tokens = np.concatenate(drawn[name])
+            assert len(tokens) == SAMPLES * TOKENS == 100_000
+            print(f"{name}: chi-square {assert_frequencies(tokens, prob_of(bend)):.1f}")
+
+    check(BENDS, (), lambda bend: bent_probs(logits_v, **bend))
+    end = int(np.argsort(logits_v)[-2])
+    without_v = np.where(np.arange(VOCABULARY) == end, -1e30, logits_v)
+    least = {"least length": {}}  # and so no end token
+    check(least, (end,), lambda _: bent_probs(without_v), min_new_tokens=TOKENS)
