@@ -18,16 +18,9 @@ from opd_jax.core import liveness
 
 LIMIT_SECONDS = 400
 RUN = "train.enabled=[opd]"
-STAGES = ("--stages", "answer,sft,rollout,score,train,evaluate,export")
+STAGES = ("--stages", "answer,sft,rollout,score,train,export")
 # (stage, who is killed): process 0, with which the coordination service goes, and the other one.
-KILLS = (
-    ("answer", 1),
-    ("sft", 0),
-    ("rollout", 1),
-    ("score", 0),
-    ("train.opd", 1),
-    ("evaluate.opd", 0),
-)
+KILLS = (("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1))
 STORES = {"rollout": "rollouts", "score": "rollouts/teacher/*"}
 # The same program, with less patience.
 HASTY = (
