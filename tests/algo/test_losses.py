@@ -127,17 +127,17 @@ def test_every_term_equals_the_oracle_in_packed_rows(seed, terms, per_token):
 
 def test_a_position_weighs_at_most_1_plus_gamma_however_small_its_response_s_advantages():
     """Behind a response with large ones, the running sum has no digits left for them."""
-    segments = np.array([[1] * 40 + [2] * 8], np.int32)
-    rng = np.random.default_rng(0)
-    for scale in (1e-9, 1e-7, 1e-6, 1e-5):
-        adv = np.concatenate([rng.exponential(7.0, 40), scale * rng.exponential(1.0, 8)])[None]
-        zeros, mask = np.zeros((1, 48), np.float32), np.ones((1, 48), bool)
-        tokens = TokenLogprobs(zeros, zeros, zeros, mask, segments)
-        weights = token_weights(
-            tokens, mask * 1.0, adv.astype(np.float32), Terms(position_gamma=0.5)
-        )
-        assert weights.min() >= 1.0
-        assert weights.max() <= 1.5
+    segments = np.array([[1] * 482 + [2] * 30], np.int32)
+    zeros, mask = np.zeros((1, 512), np.float32), np.ones((1, 512), bool)
+    tokens = TokenLogprobs(zeros, zeros, zeros, mask, segments)
+    for seed in range(6):
+        for scale in (0.0, 1e-9, 1e-6, 1e-4):
+            rng = np.random.default_rng(seed)
+            adv = np.concatenate([rng.exponential(7.0, 482), scale * rng.exponential(1.0, 30)])
+            given = adv[None].astype(np.float32)
+            weights = token_weights(tokens, mask * 1.0, given, Terms(position_gamma=0.5))
+            assert weights.min() >= 1.0
+            assert weights.max() <= 1.5
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
