@@ -80,9 +80,7 @@ def ours(folder, what):
     split = split_layers(model, params)
     job = SamplingJob(model, params, SamplingConfig(slots=slots), (), 0, split=split)
     plan = plan_for(job, requests)
-    if (
-        what == "ragged"
-    ):  # which response gets how long is not known when slots and pages are laid out
+    if what == "ragged":  # how long each response gets is not known when pages are laid out
         unknown = SamplingConfig(max_new_tokens=LONGEST)
         plan = plan_for(job, [replace(request, sampling=unknown) for request in requests])
     assert (plan.program.pages.prompts is not None) == (what in SHARED)
