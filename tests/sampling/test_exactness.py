@@ -1,7 +1,8 @@
 """Log-probs that the sampler returns are those of one forward over prompt and response.
 
 Over every kind of decoder, prompts of mixed lengths, several samples of each, and so many more
-requests than slots that every slot is refilled. Samples share their prompts; in the odd cases they copy.
+requests than slots that every slot is refilled. Samples share their prompts; in the odd cases they
+copy.
 """
 
 import numpy as np
