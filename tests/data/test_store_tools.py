@@ -1,5 +1,7 @@
 """Looking at a store, checking it, cleaning it up: what people see, and what is never removed."""
 
+import hashlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from opd_jax.data.store import create_store, open_store
 from opd_jax.data.store_files import StoreFiles, encode_document
 from opd_jax.data.store_gc import collect_garbage
 from opd_jax.data.store_inspect import inspect_store
+from opd_jax.data.store_segments import read_columns
 from opd_jax.data.store_verify import verify_store
 from opd_jax.data.tokenizer import load_tokenizer
 from opd_jax.errors import DataError
@@ -642,6 +645,31 @@ def test_a_store_of_many_segments_is_opened_without_numpy_s_parser(tmp_path, mon
         zip(wanted.lengths(), snapshot.lengths(), strict=True)
     ):
         np.testing.assert_array_equal(column, again, err_msg=str(number))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        np.arange(5),
+        np.zeros((3, 32), np.uint8),
+        np.array(["x", "y\u00e9"]),
+        np.zeros((0,), np.float32),
+        np.array([True, False]),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),  # NumPy itself reads this one
+    ],
+    ids=lambda x: f"{x.dtype}{x.shape}",
+)
+def test_columns_are_read_as_numpy_reads_them(tmp_path, column):
+    files = StoreFiles(tmp_path)
+    packed = io.BytesIO()
+    np.savez(packed, column=column)
+    raw = packed.getvalue()
+    files.write("data/s/records.npz", raw)
+    commit = {"records_sha256": hashlib.sha256(raw).hexdigest()}
+    (found,) = read_columns(files, "", "s", commit).values()
+    assert (found.dtype, found.shape) == (column.dtype, column.shape)
+    np.testing.assert_array_equal(found, column)
+    assert found.flags.writeable
 
 
 # size
