@@ -63,12 +63,15 @@ def huber(gap, tau):
     return gap * gap / 2 if abs(gap) <= tau else tau * (abs(gap) - tau / 2)
 
 
-def topk_kl(student, teacher, *, tail):
-    """KL(student || teacher) over a support, from true log-probs of one position."""
+def topk_kl(student, teacher, rest=None):
+    """KL(student || teacher) over a support, from true log-probs of one position.
+
+    `rest` is the teacher's mass outside of it; `None`: both are divided by their mass inside.
+    """
     p = [math.exp(x) for x in student]
     q = [math.exp(x) for x in teacher]
-    if tail:
-        rest_p, rest_q = 1 - sum(p), max(1 - sum(q), 1e-4)
+    if rest is not None:
+        rest_p, rest_q = 1 - sum(p), max(rest, 1e-6)
         inside = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
         return inside + (rest_p * math.log(rest_p / rest_q) if rest_p > 0 else 0.0)
     p = [x / sum(p) for x in p]

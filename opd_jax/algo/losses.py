@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 Sums = dict[str, jax.Array]
-TAIL_FLOOR = 1e-4  # stored log-probs are float16: a smaller teacher tail is rounding, not knowledge
+TAIL_FLOOR = 1e-6  # one minus a sum of float32 probabilities: less is rounding, not knowledge
 
 
 class Loss(NamedTuple):
@@ -169,35 +169,36 @@ def sampled_opd(tokens: TokenLogprobs, weight_bt: jax.Array, terms: Terms) -> ja
 
 
 def topk_reverse_kl(
-    student_bts: jax.Array, teacher_bts: jax.Array, mask_bt: jax.Array, *, tail: bool
+    student_bts: jax.Array, teacher_bts: jax.Array, rest_bt: jax.Array | None, mask_bt: jax.Array
 ) -> jax.Array:
     """KL(student || teacher) on the teacher's support, nats at each position, 0 where masked.
 
     Args:
         student_bts: the student's log-probs of the support, normalised over the whole vocabulary.
         teacher_bts: the teacher's.
-        tail: the mass outside the support is one more bucket; otherwise both sides are divided
-            by their mass on the support. At support = vocabulary both are the exact reverse KL.
+        rest_bt: the teacher's probability of all other tokens, which are one more bucket (the
+            tail); `None`: both sides are divided by their mass on the support instead. At
+            support = vocabulary both are the exact reverse KL.
     """
     keep_bt1 = mask_bt[..., None]
     student_bts = jnp.where(keep_bt1, student_bts, 0.0)
     teacher_bts = jnp.where(keep_bt1, teacher_bts, 0.0)
-    if tail:
+    if rest_bt is not None:
         inside_bt = jnp.sum(jnp.exp(student_bts) * (student_bts - teacher_bts), axis=-1)
-        return jnp.where(mask_bt, inside_bt + _tail_term(student_bts, teacher_bts), 0.0)
+        return jnp.where(mask_bt, inside_bt + _tail_term(student_bts, rest_bt), 0.0)
     student_bts = jax.nn.log_softmax(student_bts, axis=-1)
     teacher_bts = jax.nn.log_softmax(teacher_bts, axis=-1)
     kl_bt = jnp.sum(jnp.exp(student_bts) * (student_bts - teacher_bts), axis=-1)
     return jnp.where(mask_bt, kl_bt, 0.0)
 
 
-def _tail_term(student_bts: jax.Array, teacher_bts: jax.Array) -> jax.Array:
+def _tail_term(student_bts: jax.Array, rest_bt: jax.Array) -> jax.Array:
     """q log(q / p) for the masses q, p outside the support; 0 where the student has none."""
-    q = 1.0 - jnp.sum(jnp.exp(student_bts), axis=-1)
-    p = jnp.maximum(1.0 - jnp.sum(jnp.exp(teacher_bts), axis=-1), TAIL_FLOOR)
-    some = q > 0
-    safe_q = jnp.where(some, q, 1.0)
-    return jnp.where(some, safe_q * jnp.log(safe_q / p), 0.0)
+    q_bt = 1.0 - jnp.sum(jnp.exp(student_bts), axis=-1)
+    some_bt = q_bt > 0
+    safe_bt = jnp.where(some_bt, q_bt, 1.0)
+    ratio_bt = safe_bt / jnp.maximum(rest_bt, TAIL_FLOOR)
+    return jnp.where(some_bt, safe_bt * jnp.log(ratio_bt), 0.0)
 
 
 def diagnostics(tokens: TokenLogprobs, terms: Terms) -> Sums:

@@ -123,8 +123,9 @@ def opd_batch(
 ) -> Batch:
     """Packed rows with the stored log-probs and the weights of the OPD objective.
 
-    Adds `weight_bt`, `sampler_bt` and `teacher_bt`, and with `support` > 0 also `support_ids_bts`
-    and `support_logprob_bts`. All records must fit their rows.
+    Adds `weight_bt`, `sampler_bt` and `teacher_bt`, and with `support` > 0 also `support_ids_bts`,
+    `support_logprob_bts` and `support_rest_bt`, the teacher's probability of all other tokens. All
+    records must fit their rows.
 
     Args:
         per_token: every response token weighs 1, not 1 / response length.
@@ -136,6 +137,7 @@ def opd_batch(
     if support:
         batch["support_ids_bts"] = np.zeros((*shape, support), np.int32)
         batch["support_logprob_bts"] = np.zeros((*shape, support), np.float32)
+        batch["support_rest_bt"] = np.zeros(shape, np.float32)
     for number, row in enumerate(rows):
         start = 0
         for record, scores in row:
@@ -148,7 +150,20 @@ def opd_batch(
             if support and scores.topk_ids is not None and scores.topk_logprob is not None:
                 batch["support_ids_bts"][at] = scores.topk_ids[:, :support]
                 batch["support_logprob_bts"][at] = scores.topk_logprob[:, :support]
+                batch["support_rest_bt"][at] = _mass_outside(scores, scores.topk_logprob, support)
     return batch
+
+
+def _mass_outside(scores: Scores, topk_logprob: np.ndarray, support: int) -> np.ndarray:
+    """float64 [t]: the probability of what is not among the `support` likeliest tokens.
+
+    The stored mass is exact where that of float16 log-probs, all that a pass without it has, would
+    be rounding.
+    """
+    mass = np.exp(topk_logprob.astype(np.float64))
+    if scores.topk_rest is None:
+        return np.maximum(1.0 - mass[:, :support].sum(-1), 0.0)
+    return scores.topk_rest + mass[:, support:].sum(-1)
 
 
 def spread_rows(rows: Sequence[Sequence[T]], pieces: int, micro_rows: int) -> list[list[T]]:

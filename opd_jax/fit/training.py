@@ -146,6 +146,7 @@ def _arrays(objective: Objective, support: int) -> dict[str, tuple[tuple[int, ..
     if support:
         found["support_ids_bts"] = ((support,), jnp.int32)
         found["support_logprob_bts"] = ((support,), jnp.float32)
+        found["support_rest_bt"] = floats
     return found
 
 

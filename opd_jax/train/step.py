@@ -117,7 +117,8 @@ def _token_loss(
     if objective.kind == "sampled":
         return Loss(sampled_opd(tokens, weight_bt, terms), divisor, sums)
     support_bts = chosen.logprob_bts[..., 1:]
-    kl_bt = topk_reverse_kl(support_bts, batch["support_logprob_bts"], mask_bt, tail=objective.tail)
+    rest_bt = batch["support_rest_bt"] if objective.tail else None
+    kl_bt = topk_reverse_kl(support_bts, batch["support_logprob_bts"], rest_bt, mask_bt)
     sums["topk_kl"] = jax.lax.stop_gradient(jnp.sum(kl_bt))
     total = jnp.sum(weight_bt * kl_bt)
     if terms.kl_anchor:

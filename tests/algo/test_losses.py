@@ -33,10 +33,12 @@ def batch(seed, b=3, t=6, spread=3.0):
 
 
 def support(seed, k=4, v=9):
+    """Log-probs of the student and the teacher on `k` tokens, and the teacher's other mass."""
     rng = np.random.default_rng(seed)
     student = oracles.log_softmax(rng.normal(size=(2, 3, v)) * 2)[..., :k]
-    teacher = oracles.log_softmax(rng.normal(size=(2, 3, v)) * 2)[..., :k]
-    return student.astype(np.float32), teacher.astype(np.float32)
+    teacher = oracles.log_softmax(rng.normal(size=(2, 3, v)) * 2)
+    rest = np.exp(teacher[..., k:]).sum(-1)
+    return student.astype(np.float32), teacher[..., :k].astype(np.float32), rest.astype(np.float32)
 
 
 def plain(student, teacher, weight, tau):
@@ -199,22 +201,22 @@ def test_the_anchor_pulls_to_the_sampler_in_either_objective(seed):
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, st.booleans())
 def test_topk_kl_equals_the_oracle_and_is_never_negative(seed, tail):
-    student, teacher = support(seed)
+    student, teacher, rest = support(seed)
     mask = np.ones((2, 3), bool)
-    got = topk_reverse_kl(student, teacher, mask, tail=tail)
+    got = topk_reverse_kl(student, teacher, rest if tail else None, mask)
     for b in range(2):
         for t in range(3):
-            want = oracles.topk_kl(student[b, t], teacher[b, t], tail=tail)
+            want = oracles.topk_kl(student[b, t], teacher[b, t], rest[b, t] if tail else None)
             assert float(got[b, t]) == pytest.approx(want, abs=1e-4)
     assert float(got.min()) > -1e-5
 
 
 @pytest.mark.parametrize("tail", [False, True])
 def test_topk_kl_of_a_distribution_with_itself_is_zero_with_no_slope(tail):
-    student, _ = support(3)
-    mask = np.ones((2, 3), bool)
+    student = support(3)[0]
+    mask, rest = np.ones((2, 3), bool), 1 - np.exp(student).sum(-1) if tail else None
     value, slope = jax.value_and_grad(
-        lambda s: jnp.sum(topk_reverse_kl(s, jnp.asarray(student), mask, tail=tail))
+        lambda s: jnp.sum(topk_reverse_kl(s, jnp.asarray(student), rest, mask))
     )(jnp.asarray(student))
     assert abs(float(value)) < 1e-5
     np.testing.assert_allclose(slope, np.zeros(slope.shape), atol=2e-5)
@@ -225,10 +227,10 @@ def test_topk_at_full_vocabulary_is_the_exact_reverse_kl_with_its_gradient(tail)
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(1, 2, 7)).astype(np.float32)
     teacher = oracles.log_softmax(rng.normal(size=(1, 2, 7))).astype(np.float32)
-    mask = np.ones((1, 2), bool)
+    mask, rest = np.ones((1, 2), bool), np.zeros((1, 2), np.float32) if tail else None
 
     def ours(logits):
-        return jnp.sum(topk_reverse_kl(jax.nn.log_softmax(logits), teacher, mask, tail=tail))
+        return jnp.sum(topk_reverse_kl(jax.nn.log_softmax(logits), teacher, rest, mask))
 
     def exact(logits):
         logp = jax.nn.log_softmax(logits)
@@ -238,14 +240,25 @@ def test_topk_at_full_vocabulary_is_the_exact_reverse_kl_with_its_gradient(tail)
     np.testing.assert_allclose(jax.grad(ours)(logits), jax.grad(exact)(logits), atol=1e-5)
 
 
+def test_a_small_tail_of_the_teacher_is_what_is_stored_not_what_float16_leaves():
+    student = np.log(np.array([[[0.6, 0.3, 0.08]]], np.float32))
+    mask, rest = np.ones((1, 1), bool), np.full((1, 1), 3e-5, np.float32)
+    exact = np.log(np.array([[[0.65, 0.3, 0.05 - 3e-5]]]))
+    got = topk_reverse_kl(student, exact.astype(np.float16), rest, mask)
+    want = oracles.topk_kl(student[0, 0].astype(np.float64), exact[0, 0], 3e-5)
+    assert float(got[0, 0]) == pytest.approx(want, abs=2e-4)  # float16 log-probs: 5e-4 of each
+    rounded = oracles.topk_kl(student[0, 0], exact[0, 0].astype(np.float16), 1e-4)
+    assert abs(rounded - want) > 0.02
+
+
 def test_topk_masked_positions_change_nothing():
-    student, teacher = support(8)
+    student, teacher, mass = support(8)
     mask = np.array([[True, False, True], [True, True, False]])
     poison = student.copy()
     poison[~mask] = np.nan
-    for tail in (False, True):
-        clean = jax.grad(lambda s, t=tail: topk_reverse_kl(s, teacher, mask, tail=t).sum())(student)
-        dirty = jax.grad(lambda s, t=tail: topk_reverse_kl(s, teacher, mask, tail=t).sum())(poison)
+    for rest in (None, mass):
+        clean = jax.grad(lambda s, r=rest: topk_reverse_kl(s, teacher, r, mask).sum())(student)
+        dirty = jax.grad(lambda s, r=rest: topk_reverse_kl(s, teacher, r, mask).sum())(poison)
         np.testing.assert_array_equal(clean, dirty)
         assert np.all(np.asarray(clean)[~mask] == 0)
 

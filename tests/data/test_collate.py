@@ -37,8 +37,21 @@ def test_opd_batch_puts_every_log_prob_at_its_token():
     assert (batch["weight_bt"] > 0).tolist() == batch["mask_bt"].tolist()
     with_support = opd_batch([[Scored(DRAWN, scores)]], 5, support=1)
     assert with_support["support_ids_bts"][0, :, 0].tolist() == [0, 0, 20, 6, 1]
+    outside = 1 - np.exp(scores.topk_logprob[:, 0].astype(np.float64))  # no mass is stored
+    np.testing.assert_allclose(with_support["support_rest_bt"], [[0, 0, *outside]], rtol=1e-6)
     per_token = opd_batch([[Scored(DRAWN, scores)]], 5, per_token=True)
     assert per_token["weight_bt"].tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_the_mass_outside_a_support_is_the_stored_one_and_what_the_support_leaves_out():
+    likeliest = np.array([[-0.1, -4], [-0.01, -6], [-1e-4, -11]], np.float16)
+    stored = np.array([0.05, 1e-5, 2e-6], np.float32)
+    ids = np.array([[20, 5], [6, 21], [1, 7]], np.int32)
+    scores = Scores(np.array([-1, -2, -3], np.float32), ids, likeliest, stored)
+    for support, left_out in ((2, 0.0), (1, np.exp(likeliest[:, 1].astype(np.float64)))):
+        batch = opd_batch([[Scored(DRAWN, scores)]], 5, support)
+        want = [[0, 0, *(stored + left_out)]]
+        np.testing.assert_allclose(batch["support_rest_bt"], want, rtol=1e-6)
 
 
 def test_rows_are_spread_so_that_a_step_cuts_them_into_full_micro_batches():

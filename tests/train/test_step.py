@@ -41,6 +41,7 @@ def ragged_batch(b=8, t=12, support=3, v=64):
         "sampler_bt": -rng.exponential(2, (b, t)).astype(np.float32),
         "support_ids_bts": rng.integers(0, v, (b, t, support)).astype(np.int32),
         "support_logprob_bts": -1.5 - rng.exponential(1, (b, t, support)).astype(np.float32),
+        "support_rest_bt": rng.uniform(0.1, 0.4, (b, t)).astype(np.float32),
     }
 
 
