@@ -1,8 +1,8 @@
 """Log-probs of chosen tokens from hidden states, without a [batch, time, vocab] array in memory.
 
 The logits of a block of the vocabulary exist at a time, for all tokens; the backward pass computes
-them again, unless the tokens are so few that keeping the logits costs less than the head's gradient
-does. So every row of the head is read once, and its gradient written once. The log-sum-exp
+them again, unless it is told to keep them, or the tokens are so few that the logits cost less than
+the head's gradient does. So every row of the head is read once, and its gradient written once. The log-sum-exp
 and the head's gradient are float32, over the true vocabulary, whatever its size. A chosen token's
 logit is one of those that are summed: another product of the same numbers may be rounded otherwise
 (an accelerator takes float32 products in fewer bits), and a log-prob would come out above 0. The
@@ -69,6 +69,8 @@ def chosen_logprobs(
     mesh: Mesh | None = None,
     block_rows: int | None = None,
     padded_from: int | None = None,
+    *,
+    keep_logits: bool = False,
 ) -> ChosenLogprobs:
     """Log-probs of `ids_bts` at every position, and the entropy there.
 
@@ -79,11 +81,13 @@ def chosen_logprobs(
         mesh: where the head lies; `None`: one device.
         block_rows: `rows` of the plan; `None`: as many as keep the logits below `BLOCK_LOGITS`.
         padded_from: first row of the head that is no token and has no probability, if one is.
+        keep_logits: leave float32 [b, t, v] for the backward pass, which then computes a quarter
+            less; few tokens' are kept in any case.
     """
     (b, t, d), v = hidden_btd.shape, head_vd.shape[0]
     shards = 1 if mesh is None else axis_size(mesh, "vocab")
     fitting = block_rows or min(max(MIN_BLOCK, BLOCK_LOGITS // (b * t * shards)), MAX_BLOCK)
-    keep = b * t <= d and b * t * v <= KEPT_LOGITS
+    keep = keep_logits or (b * t <= d and b * t * v <= KEPT_LOGITS)
     size = v // shards
     plan = _Plan(mesh, shards, size, min(size, fitting), keep, padded_from)
     found = _chosen(hidden_btd, head_vd, ids_bts, plan)

@@ -102,7 +102,12 @@ def _token_loss(
     if objective.kind == "topk":
         ids_bts = jnp.concatenate([ids_bts, batch["support_ids_bts"]], axis=-1)
     chosen = chosen_logprobs(
-        out.hidden_btd, out.head_vd, ids_bts, model.mesh, padded_from=model.padded_from
+        out.hidden_btd,
+        out.head_vd,
+        ids_bts,
+        model.mesh,
+        padded_from=model.padded_from,
+        keep_logits=model.remat == "none",  # a fraction of what the layers keep then
     )
     student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
     if objective.kind == "sft":

@@ -48,8 +48,10 @@ def test_chosen_logprobs_equal_the_oracle(v, rows, mesh):
 
 
 @MESHES
-@pytest.mark.parametrize("rows", [1, 4, 7, None])
-def test_gradient_equals_autodiff_of_the_plain_form(rows, mesh, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "keep"), [(1, False), (4, True), (7, False), (7, True), (None, True)]
+)
+def test_gradient_equals_autodiff_of_the_plain_form(rows, keep, mesh, monkeypatch):
     monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 100)  # the chosen rows too come in chunks
     hidden, head, ids, weight = arrays(3, 7, 6, 38, 2)
 
@@ -58,7 +60,8 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, mesh, monkeypatch):
         return jnp.sum(weight * jnp.take_along_axis(every, ids, axis=-1))
 
     def ours(hidden, head):
-        return jnp.sum(weight * chosen_logprobs(hidden, head, ids, made(mesh), rows).logprob_bts)
+        found = chosen_logprobs(hidden, head, ids, made(mesh), rows, keep_logits=keep)
+        return jnp.sum(weight * found.logprob_bts)
 
     for got, want in zip(
         jax.grad(ours, (0, 1))(hidden, head), jax.grad(plain, (0, 1))(hidden, head), strict=True
