@@ -2,13 +2,13 @@
 
 The logits of a block of the vocabulary exist at a time, for all tokens; the backward pass computes
 them again, unless it is told to keep them, or the tokens are so few that the logits cost less than
-the head's gradient does. So every row of the head is read once, and its gradient written once. The log-sum-exp
-and the head's gradient are float32, over the true vocabulary, whatever its size. A chosen token's
-logit is one of those that are summed: another product of the same numbers may be rounded otherwise
-(an accelerator takes float32 products in fewer bits), and a log-prob would come out above 0. The
-head comes as the parameter it is: it is cast here, so that its gradient is never rounded to the
-compute dtype, in which a frequent token's sum would stop growing. What a mesh cuts of its width is
-gathered a block at a time, and a block's gradient is scattered at once.
+the head's gradient does. So every row of the head is read once, and its gradient written once. The
+log-sum-exp and the head's gradient are float32, over the true vocabulary, whatever its size. A
+chosen token's logit is one of those that are summed: another product of the same numbers may be
+rounded otherwise (an accelerator takes float32 products in fewer bits), and a log-prob would come
+out above 0. The head comes as the parameter it is: it is cast here, so that its gradient is never
+rounded to the compute dtype, in which a frequent token's sum would stop growing. What a mesh cuts
+of its width is gathered a block at a time, and a block's gradient is scattered at once.
 """
 
 from __future__ import annotations
