@@ -93,9 +93,10 @@ def test_micro_batches_change_neither_work_nor_tokens():
 def test_rematerialisation_computes_a_forward_pass_again():
     draft = training_draft(setup_of("model.remat=full"), "train.opd")
     plain = training_draft(setup_of(), "train.opd")
-    depth, d, f, n, k, h, _ = STUDENT
-    # Not the last product; without it queries and keys are computed again already, for their norms.
-    products = depth * (d * h * (k + n) + 2 * d * f) * 2 * 128 * 96
+    depth, d, f, n, k, h, v = STUDENT
+    # Not a layer's last product; queries and keys are computed again anyway, for their norms. The
+    # head is: its logits are kept only without rematerialisation.
+    products = (depth * (d * h * (k + n) + 2 * d * f) + v * d) * 2 * 128 * 96
     attention = depth * 2 * 2 * n * h * 128 * 96**2
     assert draft.count() - train_flops("train.opd") == pytest.approx(products + attention, rel=0.01)
     assert draft.model_flops == plain.model_flops
@@ -104,7 +105,7 @@ def test_rematerialisation_computes_a_forward_pass_again():
 def test_the_teachers_support_is_part_of_the_batch():
     plain, topk = (training_draft(setup_of(), f"train.{x}") for x in ("opd", "opd_topk"))
     more = topk.parts()["batch"] - plain.parts()["batch"]
-    assert more == 64 * 96 * 24 * 8
+    assert more == 64 * 96 * (24 * 8 + 4)  # ids and log-probs, and the mass outside them
 
 
 def test_adapters_have_the_moments_and_the_weights_stay_frozen():
