@@ -74,33 +74,46 @@ def product_on(platform: str, pairs: int, experts: int) -> Product:
         experts: all of them, wherever they are held.
     """
     if platform == "tpu" or _in_groups_anywhere.get():
-        return in_groups
+        return functools.partial(in_groups, experts=experts)
     rows = block_rows(pairs, experts)
     return functools.partial(in_blocks, rows=rows, each=expected_blocks(pairs / experts, rows))
 
 
 def in_groups(
-    x_td: jax.Array, weight_ts: jax.Array, expert_ts: jax.Array, weights: Weights
+    x_td: jax.Array,
+    weight_ts: jax.Array,
+    expert_ts: jax.Array,
+    weights: Weights,
+    *,
+    experts: int | None = None,
 ) -> jax.Array:
     """float32 [t, d]: what the held experts add to each token, by `jax.lax.ragged_dot`.
 
     Args:
         weight_ts: float32.
         expert_ts: int32; only `0` to `e - 1` are held.
+        experts: all of them, wherever they are held; `None`: it is not known.
     """
-    (t, s), experts = expert_ts.shape, weights.gate_edf.shape[0]
-    group_p = _groups(expert_ts, experts)
+    (t, s), held = expert_ts.shape, weights.gate_edf.shape[0]
+    group_p = _groups(expert_ts, held)
     order_p = jnp.argsort(group_p)
-    size_e = jnp.sum(group_p[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
-    # Rows in no group: their products and gradients are undefined on some backends.
-    held = (group_p < experts)[order_p][:, None]
-    rows = jnp.where(held, x_td[order_p // s], 0)
+    size_e = jnp.sum(group_p[:, None] == jnp.arange(held)[None], axis=0, dtype=jnp.int32)
+    grouped_p1 = (group_p < held)[order_p][:, None]
+
+    def defined(x: jax.Array) -> jax.Array:
+        # Rows in no group: their products and gradients are undefined on some backends.
+        return x if held == experts else jnp.where(grouped_p1, x, 0)
+
+    rows = defined(x_td[order_p // s])
     gate = jax.lax.ragged_dot(rows, weights.gate_edf, size_e)
     up = jax.lax.ragged_dot(rows, weights.up_edf, size_e)
-    hidden = jnp.where(held, jax.nn.silu(gate) * up, 0)
-    out = jax.lax.ragged_dot(hidden, weights.down_efd, size_e, preferred_element_type=_f32)
-    out_tsd = jnp.where(held, out, 0)[jnp.argsort(order_p)].reshape(t, s, -1)
-    return jnp.sum(out_tsd * weight_ts[..., None], axis=1)
+    hidden = defined(jax.nn.silu(gate) * up)
+    # Weighted before the last product, which no gradient then needs: f is less than d, and a layer
+    # that is computed again leaves it out.
+    weight_p1 = weight_ts.reshape(-1)[order_p][:, None]
+    weighted = defined((hidden * weight_p1).astype(x_td.dtype))
+    out = jax.lax.ragged_dot(weighted, weights.down_efd, size_e, preferred_element_type=_f32)
+    return jnp.sum(defined(out)[jnp.argsort(order_p)].reshape(t, s, -1), axis=1)
 
 
 def in_blocks(

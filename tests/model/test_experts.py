@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,36 @@ def test_blocks_give_what_groups_give(case, rows):
         assert (np.abs(gradient).max(axis=(1, 2)) > 0).tolist() == held.tolist()
 
 
+def test_groups_that_hold_every_expert_mask_nothing():
+    weights, expert_ts = weights_of(6), CASES["one expert gets none, one gets all"]
+    whole = functools.partial(in_groups, experts=6)
+    got = value_and_gradients(whole, expert_ts, weights)
+    want = value_and_gradients(in_groups, expert_ts, weights)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    masks = [
+        str(jax.make_jaxpr(product)(jnp.ones((T, D)), jnp.ones((T, S)), expert_ts, weights)).count(
+            "name=_where"
+        )
+        for product in (whole, in_groups)
+    ]
+    assert masks[1] - masks[0] == 4
+
+
+def test_groups_that_are_computed_again_leave_the_last_product_out():
+    weights, expert_ts = weights_of(6), CASES["one expert gets none, one gets all"]
+
+    @jax.checkpoint
+    def layer(x_td, weight_ts, weights):
+        return x_td + in_groups(x_td, weight_ts, expert_ts, weights)
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(layer(*args)))
+
+    gradients = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))
+    text = str(gradients(jnp.ones((T, D)), jnp.ones((T, S)), weights))
+    assert text.count("ragged_dot_general[") == 3 + 2 + 6  # forward, again, of both operands
+
+
 def test_the_drawing():
     expert_ts = jnp.array([[1], [0], [1], [1], [1], [0], [1], [0], [1], [2]])
     blocks = cut_blocks(jnp.arange(10.0)[:, None] + 1, expert_ts, 3, rows=4)
@@ -113,7 +145,8 @@ def test_blocks_follow_an_experts_share():
 
 
 def test_tpus_alone_have_grouped_products():
-    assert product_on("tpu", 100, 4) is in_groups
+    assert product_on("tpu", 100, 4).func is in_groups
+    assert product_on("tpu", 100, 4).keywords == {"experts": 4}
     for platform in ("cpu", "gpu"):
         assert product_on(platform, 16384, 64).keywords == {"rows": 128, "each": 2.5}
 
