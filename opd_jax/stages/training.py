@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from opd_jax.model.transformer import Params
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.train import checkpoint
-from opd_jax.train.guard import Figures, Guard, Saturation
+from opd_jax.train.guard import JUDGES, Figures, Guard, Saturation
 from opd_jax.train.loop import Source, TrainJob, run_training
 from opd_jax.train.probes import AnswerProbe, Probe, held_out
 from opd_jax.train.rounds import Rounds
@@ -61,7 +62,7 @@ def train(
     state = folder / "state"
     inputs, seed = fingerprint_json(task.inputs), ctx.seed(f"lora/{task.name}")
     profile = ctx.run_dir / "profile" / task.name if ctx.profile and is_first() else None
-    job = TrainJob(model, task.objective, task.loop, state, inputs, seed, profile)
+    job = TrainJob(model, task.objective, task.loop, state, inputs, seed, profile, lineage=lineage)
     start = checkpoint.latest_step(state) or 0
     barrier("train")
     progress = StageProgress(task.stage, task.loop.steps, "steps", start)
@@ -92,6 +93,8 @@ def train(
         say(stage_line(task.stage, f"the trained model is the best state, of {result.best} steps"))
         counts["best_step"] = result.best
         lineage = {**lineage, "best_state_of_steps": result.best}
+    elif better := better_state(prepared.guard, result.steps, folder / "best"):
+        say(stage_line(task.stage, better))
     if result.skipped:
         counts["skipped"] = result.skipped
     if prepared.rounds is not None:
@@ -100,6 +103,17 @@ def train(
     trained = _cast(result.params, ctx.config.model.param_dtype)
     identity = ctx.save_model(task.name, trained, lineage)
     return identity, counts
+
+
+def better_state(guard: Guard | None, steps: int, kept: Path) -> str:
+    """A line about the best state of a run that ends with another one after `steps`, or nothing."""
+    if guard is None or guard.best is None or guard.best[1] == steps:
+        return ""
+    figures, best = guard.best
+    judge = next((name for name, _ in JUDGES if name in figures), None)
+    by = "" if judge is None else f" ({SHOWN[judge].format(figures[judge])})"
+    took = "a run with guard.final=best ends with it"
+    return f"the best state was that of {best} steps{by}, kept in {kept}; {took}"
 
 
 def _cast(params: Params, dtype: str) -> Params:

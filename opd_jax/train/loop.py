@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,8 @@ class TrainJob:
     profile: Path | None = None
     """Where to write a trace of a few steps."""
     keep: int = 2
+    lineage: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The ancestors of the state, as JSON values, kept with it."""
 
     @property
     def adapters(self) -> Adapters | None:
@@ -224,8 +226,8 @@ class _Run:
         self.flush()  # it stops at a step that is not finite, or counts it as skipped
         past = _Past(self.tokens, self.skipped, self.in_a_row)
         watch = None if self.watch is None else self.watch.state()
-        meta = {"inputs": self.job.inputs, "past": past._asdict(), "watch": watch}
-        saver.save(done, state, meta)
+        ancestors = {"inputs": self.job.inputs, "lineage": dict(self.job.lineage)}
+        saver.save(done, state, {**ancestors, "past": past._asdict(), "watch": watch})
         self.saved = done
         self.meter.pause()
 

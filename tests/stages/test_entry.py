@@ -56,6 +56,14 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert all(x["heldout_w_std"] < 0.1 for x in looks if x["run"] == "opd")
 
 
+def test_a_training_state_names_its_ancestors(finished):
+    last = max((finished / "checkpoints" / "opd" / "state").glob("*/complete.json"))
+    lineage = json.loads(last.read_text())["meta"]["lineage"]
+    kept = json.loads((finished / "checkpoints" / "opd" / "lineage.json").read_text())
+    assert lineage == {name: kept[name] for name in lineage}
+    assert {"student", "teacher", "rollouts", "objective"} <= lineage.keys()
+
+
 def test_offline_at_step_0_has_ratio_one(finished):
     """The student still is the one that sampled: w = 1 within rounding."""
     lines = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]

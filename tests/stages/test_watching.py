@@ -1,10 +1,14 @@
 """A run that nothing can be evaluated on says so, or is refused where evaluations decide."""
 
+from pathlib import Path
+
 import pytest
 
 from opd_jax.config_train import GuardConfig, RefreshConfig, TrainRun
 from opd_jax.errors import ConfigError
+from opd_jax.stages.training import better_state
 from opd_jax.stages.watching import tell_if_unwatched
+from opd_jax.train.guard import Guard
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,14 @@ def test_nothing_held_out_is_said_unless_it_was_asked_for(capsys):
     assert capsys.readouterr().out == ""
     tell_if_unwatched("train.opd", TrainRun(), [])
     assert "WARNING: nothing is held out" in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_end_with_its_best_state_says_where_that_is():
+    guard, kept = Guard(GuardConfig()), Path("opd/best")
+    assert better_state(guard, 9, kept) == better_state(None, 9, kept) == ""
+    for steps, kl in ((0, 0.5), (30, 0.1), (60, 0.4)):
+        guard.look(steps, {"fresh_reverse_kl": kl})
+    assert better_state(guard, 30, kept) == ""
+    line = better_state(guard, 60, kept)
+    assert line.startswith("the best state was that of 30 steps (fresh reverse KL 0.1000), kept in")
+    assert line.endswith(f"{kept}; a run with guard.final=best ends with it")
