@@ -24,7 +24,7 @@ SETTINGS = (
     "train.runs.opd.steps=60",
     "train.runs.opd.eval_every=3",
     "train.runs.opd.guard.final=best",
-    "evaluate.grader=none",  # the weighted reverse KL judges: it gets better step by step
+    "evaluate.grader=none",  # nothing fresh judges: within the limits, the later state is better
 )
 STATE = "checkpoints/opd/state"
 
