@@ -330,3 +330,39 @@ def test_the_tables_show_what_matters(capsys):
         assert text in said
     assert "tried train.opd with model.remat=full: fits, 1.00 GiB a device" in said
     assert said.rstrip().endswith("h100:8: does not fit")
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "kept"),
+    [
+        ({"v5e:1x1": None, "v5e:2x2": False, "v5e:2x4": True, "v5e:4x4": True}, 0, "v5e:2x4"),
+        ({"v5e:1x1": False, "v5e:2x2": False}, 3, "v5e:2x2"),
+        ({"v5e:1x1": False, "v5e:2x2": None}, 3, "v5e:1x1"),
+        ({"v5e:1x1": None, "v5e:2x2": None}, 2, None),
+    ],
+)
+def test_auto_goes_on_until_a_target_fits(tmp_path, monkeypatch, capsys, answers, code, kept):
+    """`None`: the config's batches or mesh are for another number of devices."""
+    asked = []
+
+    def judged(_config, target, _stages, *, auto):
+        assert auto
+        asked.append(target)
+        if answers[target] is None:
+            raise ConfigError(f"its batches do not suit {target}")
+        report = report_of(9 * 2**30 + (0 if answers[target] else 1))
+        return dataclasses.replace(report, target=target)
+
+    monkeypatch.setattr("opd_jax.fit.driver.judge", judged)
+    monkeypatch.setattr("opd_jax.fit.driver.candidates", lambda _: list(answers))
+    found, report = fit(tmp_path, "auto")
+    said = capsys.readouterr()
+    assert found == code
+    assert asked == (list(answers)[:3] if code == 0 else list(answers))
+    refused = [target for target in asked if answers[target] is None]
+    assert all(f"{target}: its batches do not suit" in said.out for target in refused)
+    if kept is None:
+        assert report is None
+        assert "its batches do not suit v5e:2x2" in said.err
+    else:
+        assert report["target"] == kept

@@ -1,5 +1,6 @@
 """One of two processes is killed, or fails: the other one names it and ends, and both go on."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,11 @@ LIMIT_SECONDS = 400
 RUN = "train.enabled=[opd]"
 STAGES = ("--stages", "answer,sft,rollout,score,train,export")
 # (stage, who is killed): process 0, with which the coordination service goes, and the other one.
-KILLS = (("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1))
+KILLS = (
+    *(("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1)),
+    *(("export.opd", 0), ("evaluate.opd", 1)),
+)
+EVALUATE = ("--stages", "evaluate", "evaluate.base=false", "evaluate.teacher=false")
 STORES = {"rollout": "rollouts", "score": "rollouts/teacher/*"}
 # The same program, with less patience.
 HASTY = (
@@ -50,8 +55,8 @@ def said(process):
     return process.communicate(timeout=LIMIT_SECONDS)[0].decode()
 
 
-def finish(run_dir, processes):
-    for process in start(run_dir, processes=processes):
+def finish(run_dir, processes, *words):
+    for process in start(run_dir, *words, processes=processes):
         output = said(process)
         assert process.returncode == 0, output
 
@@ -70,9 +75,13 @@ def inside_of(run_dir, stage, *words, **kinds):
     return pair
 
 
+def words_of(stage):
+    return EVALUATE if stage.startswith("evaluate") else ()
+
+
 def kill_one(run_dir, stage, rank, program):
     """What the other one says, its exit code, and how many seconds after the kill it ends."""
-    pair = inside_of(run_dir, stage, program=program)
+    pair = inside_of(run_dir, stage, *words_of(stage), program=program)
     pair[rank].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     other = pair[1 - rank]
@@ -86,11 +95,25 @@ def parameters(run_dir):
     return load_file(run_dir / "export" / "opd" / "model.safetensors")
 
 
+def evaluated(run_dir):
+    """What is found of the student after SFT and of the trained one: figures and samples."""
+    return {
+        name: (
+            json.loads((run_dir / "stages" / f"evaluate.{name}.json").read_text())["outputs"],
+            (run_dir / "evaluate" / name / "samples.jsonl").read_text(),
+        )
+        for name in ("sft", "opd")
+    }
+
+
 @pytest.mark.slow
 def test_one_of_two_is_killed_in_each_stage(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     finish(straight, 2)
+    finish(straight, 2, *EVALUATE)
     for stage, rank in KILLS:
+        if stage.startswith("evaluate"):
+            finish(killed, 2)
         program = ("-m", "opd_jax.main") if stage == "answer" else ("-c", HASTY)
         output, code, seconds = kill_one(killed, stage, rank, program)
         assert seconds < 60, stage
@@ -103,9 +126,10 @@ def test_one_of_two_is_killed_in_each_stage(tmp_path):
             assert "Traceback" not in output
         if stage == "train.opd":
             one = shutil.copytree(killed, tmp_path / "one")
-    finish(killed, 2)
+    finish(killed, 2, *EVALUATE)
     want = parameters(straight)
     assert_same_samples(straight, killed)
+    assert evaluated(killed) == evaluated(straight)
     assert losses(killed) == losses(straight)
     for name, value in parameters(killed).items():
         assert np.array_equal(value, want[name]), name

@@ -15,6 +15,11 @@ from tiny_run import FRESH, ROOT, arguments
 from opd_jax.data.store import open_store
 
 LIMIT_SECONDS = 400
+EVERY_KIND = (
+    *FRESH,
+    "train.enabled=[opd,opd_topk,opd_online]",
+    "train.runs.opd.refresh.every=2",
+)
 
 
 def free_port():
@@ -44,10 +49,10 @@ def losses(run_dir):
     return {(x["stage"], x["run"], x["step"]): x["loss"] for x in lines if "loss" in x}
 
 
-def assert_same_losses(one, other):
+def assert_same_losses(one, other, runs=("sft", "opd", "opd_topk")):
     want, got = losses(one), losses(other)
     assert want.keys() == got.keys()
-    assert len({run for _, run, _ in want}) == 3
+    assert {run for _, run, _ in want} == set(runs)
     for key, loss in want.items():
         # Of its size: a loss of 3 is a mean of products of up to 100, each rounded to 7 digits.
         assert got[key] == pytest.approx(loss, rel=1e-5, abs=1e-5), key
@@ -94,10 +99,10 @@ def test_four_devices_equal_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start(one, 2, *FRESH)
+    alone = start(one, 2, *EVERY_KIND)
     output = alone.communicate(timeout=LIMIT_SECONDS)[0].decode()
     assert alone.returncode == 0, output
-    flags = (*FRESH, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    flags = (*EVERY_KIND, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
     pair = [start(two, 1, *flags, "--rank", str(rank)) for rank in range(2)]
     for process in pair:
         output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
@@ -108,8 +113,9 @@ def test_two_processes_equal_one(tmp_path):
     ]
     assert counts[0] == counts[1]  # the same samples, so the same number of tokens
     assert_same_samples(one, two)
-    assert_same_losses(one, two)
-    for name in ("opd", "opd_topk"):
+    assert_same_losses(one, two, ("sft", "opd", "opd_topk", "opd_online"))
+    assert json.loads((two / "stages" / "train.opd.json").read_text())["counts"]["rounds"] == 1
+    for name in ("opd", "opd_topk", "opd_online"):
         want = load_file(one / "export" / name / "model.safetensors")
         got = load_file(two / "export" / name / "model.safetensors")
         for tensor, value in want.items():
