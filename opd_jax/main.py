@@ -6,6 +6,7 @@ Also `--inspect`, `--verify` and `--gc`, which take a rollout store in place of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -59,27 +60,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
     except (OPDError, OSError) as error:
         if "--debug" in words:
-            traceback.print_exc()
-        print(f"opd_jax: error: {_one_line(error)}", file=sys.stderr)
+            _tell(traceback.format_exc())
+        _tell(f"opd_jax: error: {_one_line(error)}")
         code = 2
         if (watcher := _watcher()) is not None:
             watcher.failed(_one_line(error), code)
     except Preempted as notice:
-        print(f"opd_jax: {notice}{goes_on}", file=sys.stderr)
+        _tell(f"opd_jax: {notice}{goes_on}")
         code = 143
     except KeyboardInterrupt:
-        print(f"opd_jax: interrupted{goes_on}", file=sys.stderr)
+        _tell(f"opd_jax: interrupted{goes_on}")
         code = 130
     except Exception as error:
         if (watcher := _watcher()) is None:
             raise
         if re.search(LOST_CONNECTION, str(error)):
             watcher.await_verdict()
-        traceback.print_exc()
+        _tell(traceback.format_exc())
         watcher.failed(f"{type(error).__name__}: {_one_line(error)}", 1)
     if (watcher := _watcher()) is not None:
         watcher.stop()
     return code
+
+
+def _tell(text: str) -> None:
+    """On standard error. Where nobody reads that any more, the other processes still are told."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

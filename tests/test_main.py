@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -122,6 +124,32 @@ def test_debug_shows_the_traceback(config_path, pipeline, capsys):
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("opd_jax: error: torn\n")
+
+
+@pytest.mark.parametrize("words", [[], ["--debug"]])
+def test_with_nobody_to_read_the_error_other_processes_are_told(
+    config_path, pipeline, monkeypatch, words
+):
+    class Watcher:
+        told = None
+
+        def failed(self, reason, code):
+            self.told = reason, code
+
+        def stop(self):
+            pass
+
+    read, write = os.pipe()
+    os.close(read)
+    watcher, pipeline.error = Watcher(), BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr("opd_jax.main._watcher", lambda: watcher)
+    with open(write, "w", buffering=1) as nobody:
+        monkeypatch.setattr(sys, "stderr", nobody)
+        assert main(["--config", config_path, *words]) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            nobody.close()
+    assert watcher.told == ("[Errno 32] Broken pipe", 2)
 
 
 def test_ctrl_c_is_one_line(config_path, pipeline, capsys):

@@ -90,7 +90,8 @@ class Liveness:
                     return  # the service is gone, JAX aborts this process, and the sentry speaks
         if verdict is not None:
             code, text = verdict.split(" ", 1)
-            print(f"opd_jax: error: {text}; {AGAIN}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                print(f"opd_jax: error: {text}; {AGAIN}", file=sys.stderr, flush=True)
             if self._rank == 0:
                 self._publish(verdict)
             self._end(int(code))  # the main thread may hang in a collective
@@ -124,8 +125,9 @@ class Liveness:
     def _end(self, code: int) -> NoReturn:
         """At once: an orderly shutdown would wait for the others."""
         self._dismiss_sentry()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
 
     def _dismiss_sentry(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,34 +132,30 @@ def run_training(
     def model_of(state: TrainState) -> Params:
         return whole(result_of(state.params, state.opt_state))
 
-    done = int(state.step)
+    done, unseen = int(state.step), past.unseen
     run = _Run(job, log, source, past, watch, done)
     if not done:
         run.evaluate(0, functools.partial(model_of, state))
     with Preemption() as notice, closing(run.trace), Saver(job.directory, job.keep) as saver:
-        while not run.over(done):
-            try:  # a draw of rollouts takes minutes; what is done of it can be given up
-                with notice.raised(done % source.stride == 0):
-                    batch = run.wait(done, functools.partial(whole, state.params))
-            except Preempted:
+        while unseen or not run.ends(done, notice):
+            if not unseen:
+                batch = run.draw(done, functools.partial(whole, state.params), notice)
+                if batch is None:
+                    break
+                state, metrics = step_fn(state, _put(job.model, batch), *frozen)
+                run.began(done, batch, metrics)
+                saver.settle()
+                done += 1
+                notice.ask()
+            if unseen := not run.evaluate(done, functools.partial(model_of, state), notice):
+                run.save(saver, done, state, unseen=True)
                 break
-            state, metrics = step_fn(state, _put(job.model, batch), *frozen)
-            run.began(done, batch, metrics)
-            saver.settle()
-            done += 1
-            notice.ask()
-            run.evaluate(done, functools.partial(model_of, state))
-            turned = watch is not None and watch.turn(done)
-            if turned or run.over(done) or done % job.loop.save_every == 0:
-                run.save(saver, done, state)
-            if turned:  # a round is drawn from a state that is there
-                saver.finish()
-            if notice.came and done % source.stride == 0:
-                break
+            run.keep(saver, done, state)
         if notice.came and run.saved < done:
             run.save(saver, done, state)
     if notice.came:
-        raise _preempted(job, done)
+        where = f"step {done} is saved in {job.directory}" if done else "no step is done yet"
+        raise Preempted(f"SIGTERM: {where}")
     return _result(run, model_of(state), done)
 
 
@@ -168,6 +165,7 @@ class _Past(NamedTuple):
     tokens: int = 0
     skipped: int = 0
     in_a_row: int = 0
+    unseen: bool = False  # whether its evaluation is still to come
 
 
 class _Run:
@@ -186,12 +184,14 @@ class _Run:
         self._next_batch = source.start(done)
         self.saved = done
         self.meter = Meter(job.model, frozen=job.loop.lora is not None)
-        self.tokens, self.skipped, self.in_a_row = past
+        self.tokens, self.skipped, self.in_a_row, _ = past
+        self._before: dict[str, Any] | None = None
         self._schedule = learning_rate(job.loop.optim, job.loop.steps)
         self.trace = Trace(job.profile)
         self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
 
-    def wait(self, step: int, current: Callable[[], Params]) -> Any:
+    def draw(self, step: int, current: Callable[[], Params], notice: Preemption) -> Any | None:
+        """The step's batch; `None`: SIGTERM came. What rollouts take, minutes, can be given up."""
         self.trace.step()
         start = time.monotonic()
 
@@ -202,9 +202,17 @@ class _Run:
             start = time.monotonic()
             return params
 
-        batch = self._next_batch(step, ready)
+        try:
+            with notice.raised(self._at_rest(step)):
+                batch = self._next_batch(step, ready)
+        except Preempted:
+            return None
         self.meter.waited(time.monotonic() - start)
         return batch
+
+    def _at_rest(self, done: int) -> bool:
+        """Whether the run can be resumed after so many steps."""
+        return done % self._source.stride == 0
 
     def began(self, step: int, batch: Any, metrics: dict[str, jax.Array]) -> None:
         self.flush()
@@ -214,22 +222,45 @@ class _Run:
         """Whether the step before was the last."""
         return done == self.job.loop.steps or (self.watch is not None and self.watch.stopped)
 
-    def evaluate(self, done: int, params: Callable[[], Params]) -> None:
-        """Evaluate if it is time to."""
-        if self.watch is not None and self.watch.due(done):
-            self.flush()
-            self.watch.look(done, params())
-            self.meter.pause()
+    def ends(self, done: int, notice: Preemption) -> bool:
+        """Whether the step before was the last, or the last before the machine goes."""
+        return self.over(done) or (notice.came and self._at_rest(done))
 
-    def save(self, saver: Saver, done: int, state: TrainState) -> None:
-        """Begin to save the state after so many steps."""
+    def evaluate(
+        self, done: int, params: Callable[[], Params], notice: Preemption | None = None
+    ) -> bool:
+        """Evaluate if it is time to; False: SIGTERM came, and what was found does not count."""
+        if self.watch is None:
+            return True
+        self._before = copy.deepcopy(self.watch.state())
+        given_up = notice.raised(self._at_rest(done)) if notice else nullcontext()
+        try:
+            with given_up:
+                if self.watch.due(done):
+                    self.flush()
+                    self.watch.look(done, params())
+                    self.meter.pause()
+        except Preempted:
+            return False
+        return True
+
+    def save(self, saver: Saver, done: int, state: TrainState, *, unseen: bool = False) -> None:
+        """Begin to save the state after so many steps; `unseen`: as before its evaluation."""
         self.flush()  # it stops at a step that is not finite, or counts it as skipped
-        past = _Past(self.tokens, self.skipped, self.in_a_row)
-        watch = None if self.watch is None else self.watch.state()
+        past = _Past(self.tokens, self.skipped, self.in_a_row, unseen)
+        watch = None if self.watch is None else self._before if unseen else self.watch.state()
         ancestors = {"inputs": self.job.inputs, "lineage": dict(self.job.lineage)}
         saver.save(done, state, {**ancestors, "past": past._asdict(), "watch": watch})
         self.saved = done
         self.meter.pause()
+
+    def keep(self, saver: Saver, done: int, state: TrainState) -> None:
+        """Begin a round and save, each if it is time to."""
+        turned = self.watch is not None and self.watch.turn(done)
+        if turned or self.over(done) or done % self.job.loop.save_every == 0:
+            self.save(saver, done, state)
+        if turned:  # a round is drawn from a state that is there
+            saver.finish()
 
     def flush(self) -> None:
         if self._pending is None:
@@ -281,15 +312,11 @@ class _Run:
         )
 
 
-def _preempted(job: TrainJob, done: int) -> Preempted:
-    where = f"step {done} is saved in {job.directory}" if done else "no step is done yet"
-    return Preempted(f"SIGTERM: {where}")
-
-
 def _result(run: _Run, params: Params, done: int) -> TrainResult:
     best = None
     if run.watch is not None:
-        params, best = run.watch.chosen(params, run.job.model.abstract(_dtype(params)))
+        dtype = str(jax.tree.leaves(params)[0].dtype)
+        params, best = run.watch.chosen(params, run.job.model.abstract(dtype))
     return TrainResult(params, done, best, run.tokens, run.skipped)
 
 
@@ -312,10 +339,6 @@ def _resume(
     if watch is not None:
         watch.restore(step, meta["watch"])
     return state, _Past(**meta["past"])
-
-
-def _dtype(params: Params) -> str:
-    return str(jax.tree.leaves(params)[0].dtype)
 
 
 def _put(model: LanguageModel, batch: Any) -> Any:

@@ -1,5 +1,8 @@
 """Signs of life: a service that does not answer once is asked again."""
 
+import os
+import subprocess
+import sys
 import threading
 
 from opd_jax.core import liveness
@@ -39,3 +42,24 @@ def test_a_call_that_fails_once_does_not_end_the_signs(monkeypatch):
 
 def test_a_service_that_stays_away_does(monkeypatch):
     assert watched(monkeypatch, 0.0) == 2
+
+
+def test_a_process_ends_although_nobody_reads_what_it_says():
+    code = (
+        "import os, sys, threading\n"
+        "from opd_jax.core.liveness import Liveness\n"
+        "process = object.__new__(Liveness)\n"
+        "process._rank, process._sign, process._sentry = 1, 'one', None\n"
+        "process._over = threading.Event()\n"
+        "class Service:\n"
+        "    key_value_set = lambda *_, **__: None\n"
+        "    key_value_dir_get = lambda *_: [('verdict', '4 process 0 (a) is gone')]\n"
+        "process._client = Service()\n"
+        "process._watch()\n"
+        "os._exit(9)\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == liveness.LOST

@@ -184,18 +184,49 @@ def test_what_was_traced_when_sigterm_came_is_written(tmp_path):
     assert list(job.profile.rglob("*.xplane.pb"))
 
 
-def test_sigterm_in_the_last_evaluation_is_not_forgotten(tmp_path):
-    job, params = job_of(tmp_path, save_every=100)
+@pytest.mark.parametrize(
+    ("at", "cut_in"), [(2, "before"), (2, "after"), (5, "before"), (5, "after")]
+)
+def test_sigterm_in_an_evaluation_is_acted_on_at_once(tmp_path, at, cut_in):
+    """What the evaluation found does not count: the next try finds it, and goes on as it says."""
+    job, params = job_of(tmp_path / "straight", save_every=100)
+    straight = watched(job, params)
+    job, _ = job_of(tmp_path / "cut", save_every=100)
+    seen = []
 
     class Late(Known):
         def look(self, steps, params):
+            if steps == at and cut_in == "before":
+                signal.raise_signal(signal.SIGTERM)
+                pytest.fail("went on")
             super().look(steps, params)
-            if steps == 5:
+            if steps == at:
                 signal.raise_signal(signal.SIGTERM)
 
-    guard = Guard(GuardConfig(action="stop"))
-    watch = Late(job.loop, lambda *_: None, tmp_path / "best", [dict], guard)
-    with pytest.raises(Preempted, match="step 5 is saved"):
+    guard = Guard(GuardConfig(action="stop", final="best"))
+    watch = Late(job.loop, lambda *_: None, tmp_path / "cut" / "best", [dict], guard)
+    with pytest.raises(Preempted, match=f"step {at} is saved"):
         run_training(job, lambda: params, source_until(), lambda *_: None, watch)
-    assert watch.stopped
-    assert checkpoint.complete_steps(job.directory) == [5]
+    assert checkpoint.complete_steps(job.directory) == [at]
+    assert_same(straight, watched(job, params, seen=seen))
+    assert [steps for steps, *_ in seen] == list(range(at, 6))
+
+
+def test_a_sigterm_before_an_evaluation_leaves_it_to_the_next_try(tmp_path):
+    job, params = job_of(tmp_path, save_every=100)
+    seen = []
+
+    def next_batch(step, current):
+        if step == 1:  # not at rest: the step is done
+            signal.raise_signal(signal.SIGTERM)
+        return batch_of(step, 4)
+
+    guard = Guard(GuardConfig(action="stop", final="best"))
+    watch = Known(job.loop, lambda *told: seen.append(told), tmp_path / "best", [dict], guard)
+    source = Source(lambda _start: next_batch, 1, 2)
+    with pytest.raises(Preempted, match="step 2 is saved"):
+        run_training(job, lambda: params, source, lambda *_: None, watch)
+    assert [steps for steps, *_ in seen] == [0, 1]
+    assert checkpoint.latest_step(job.directory) == 2
+    watched(job, params, seen=seen)
+    assert [steps for steps, *_ in seen] == [0, 1, 2, 3, 4, 5]
