@@ -21,12 +21,14 @@ from opd_jax.errors import ConfigError, DataError, unwritable
 
 FILE_NAME = "metrics.jsonl"
 LABELS = ("stage", "run", "step")
+EVALUATED = "warnings"  # what a line of an evaluation has, and that of a step has not
 
 
 class MetricsWriter:
     """Appends the metrics of one run of one stage; of several processes only one may have a writer.
 
-    `start_step` is the first step to be written: lines of this run from there on are dropped.
+    `start_step` is the first step to be written: lines of this run from there on are dropped, and
+    with `again` the evaluation of the step before, which comes anew.
     With `tensorboard`, the same figures go to `RUN_DIR/tensorboard/STAGE/RUN`; with `wandb`, a
     project's name, to Weights & Biases, which keeps its files in `RUN_DIR/wandb`.
     """
@@ -39,12 +41,14 @@ class MetricsWriter:
         start_step: int = 0,
         tensorboard: bool = False,
         wandb: str | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         self.stage, self.run = stage, run
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
-        _drop_steps(path, stage, run, start_step)
+        _drop_steps(path, stage, run, start_step, again)
         folder = path.parent / "tensorboard" / stage / run
         self._board = _open_board(folder, start_step) if tensorboard else None
         self._wandb = None if wandb is None else _open_wandb(path.parent, wandb, f"{stage}.{run}")
@@ -126,16 +130,20 @@ def _drop_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _drop_steps(path: Path, stage: str, run: str, start_step: int) -> None:
-    """Rewrite the file without this run's lines from `start_step` on; in one rename, if any."""
+def _drop_steps(path: Path, stage: str, run: str, start_step: int, again: bool) -> None:
+    """Rewrite the file without the lines that `MetricsWriter` drops; in one rename, if any."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
     entries = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+    def first_dropped(entry: dict[str, Any]) -> int:
+        return start_step - 1 if again and EVALUATED in entry else start_step
+
     kept = [
         line
         for line, entry in zip(lines, entries, strict=True)
-        if (entry["stage"], entry["run"]) != (stage, run) or entry["step"] < start_step
+        if (entry["stage"], entry["run"]) != (stage, run) or entry["step"] < first_dropped(entry)
     ]
     if len(kept) < len(lines):
         partial = path.with_suffix(".tmp")

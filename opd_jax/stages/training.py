@@ -12,7 +12,7 @@ import jax
 from opd_jax.config_train import LoopConfig
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.lineage import Identity, fingerprint_json
-from opd_jax.core.metrics import MetricsWriter
+from opd_jax.core.metrics import EVALUATED, MetricsWriter
 from opd_jax.core.progress import StageProgress, say, stage_line
 from opd_jax.data.store import open_store
 from opd_jax.data.store_snapshot import Snapshot
@@ -21,7 +21,7 @@ from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.train import checkpoint
 from opd_jax.train.guard import JUDGES, Figures, Guard, Saturation
-from opd_jax.train.loop import Source, TrainJob, run_training
+from opd_jax.train.loop import Source, TrainJob, is_evaluated, run_training
 from opd_jax.train.probes import AnswerProbe, Probe, held_out
 from opd_jax.train.rounds import Rounds
 from opd_jax.train.sources import sft_source
@@ -78,7 +78,7 @@ def train(
             for warning in warnings:
                 say(stage_line(task.stage, f"WARNING: {warning}"))
             if writer is not None:
-                writer.write(steps - 1, {**figures, "warnings": float(len(warnings))})
+                writer.write(steps - 1, {**figures, EVALUATED: float(len(warnings))})
 
         watch = Watch(task.loop, report, folder / "best", *prepared[1:])
 
@@ -156,7 +156,8 @@ def _metrics(
     stage = task.stage.split(".")[0]
     first = start or -1  # the evaluation before step 0 is called -1
     boards = ctx.config.tensorboard, ctx.config.wandb
-    return MetricsWriter(ctx.run_dir, stage, task.name, first, *boards)
+    again = start > 0 and not is_evaluated(ctx.checkpoint_dir(task.name) / "state", start)
+    return MetricsWriter(ctx.run_dir, stage, task.name, first, *boards, again=again)
 
 
 def answers(ctx: RunContext, needed_by: str) -> Snapshot:

@@ -206,6 +206,12 @@ def restore(
     return tree, document["meta"], wanted
 
 
+def meta_of(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """The meta of a complete step, without its arrays."""
+    folder = _step_folder(directory, step)
+    return StoreFiles(folder).read_document(COMPLETE, f"delete {folder}")["meta"]
+
+
 def discard_others(directory: str | os.PathLike[str], step: int | None) -> None:
     """Removes all steps but one. Called by every process, process 0 does it."""
     if jax.process_index() == 0:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,6 +158,11 @@ def run_training(
     return _result(run, model_of(state), done)
 
 
+def is_evaluated(directory: Path, step: int) -> bool:
+    """Whether a state was saved after its evaluation, or with none to come."""
+    return not checkpoint.meta_of(directory, step)["past"].get("unseen", False)
+
+
 class _Past(NamedTuple):
     """What a checkpoint tells of the steps before it."""
 
@@ -185,7 +189,6 @@ class _Run:
         self.saved = done
         self.meter = Meter(job.model, frozen=job.loop.lora is not None)
         self.tokens, self.skipped, self.in_a_row, _ = past
-        self._before: dict[str, Any] | None = None
         self._schedule = learning_rate(job.loop.optim, job.loop.steps)
         self.trace = Trace(job.profile)
         self._pending: tuple[int, Load, dict[str, jax.Array]] | None = None
@@ -229,26 +232,24 @@ class _Run:
     def evaluate(
         self, done: int, params: Callable[[], Params], notice: Preemption | None = None
     ) -> bool:
-        """Evaluate if it is time to; False: SIGTERM came, and what was found does not count."""
+        """Evaluate if it is time to; False: SIGTERM came, and it is left to the next try."""
         if self.watch is None:
             return True
-        self._before = copy.deepcopy(self.watch.state())
-        given_up = notice.raised(self._at_rest(done)) if notice else nullcontext()
+        given_up = notice and notice.raised(self._at_rest(done))
         try:
-            with given_up:
-                if self.watch.due(done):
-                    self.flush()
-                    self.watch.look(done, params())
-                    self.meter.pause()
+            if self.watch.due(done):
+                self.flush()
+                self.watch.look(done, params, given_up)
+                self.meter.pause()
         except Preempted:
             return False
         return True
 
     def save(self, saver: Saver, done: int, state: TrainState, *, unseen: bool = False) -> None:
-        """Begin to save the state after so many steps; `unseen`: as before its evaluation."""
+        """Begin to save the state after so many steps; `unseen`: it is still to be evaluated."""
         self.flush()  # it stops at a step that is not finite, or counts it as skipped
         past = _Past(self.tokens, self.skipped, self.in_a_row, unseen)
-        watch = None if self.watch is None else self._before if unseen else self.watch.state()
+        watch = None if self.watch is None else self.watch.state()
         ancestors = {"inputs": self.job.inputs, "lineage": dict(self.job.lineage)}
         saver.save(done, state, {**ancestors, "past": past._asdict(), "watch": watch})
         self.saved = done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,23 @@ class Watch:
         every = self.loop.eval_every or max(self.loop.steps // 10, 1)
         return bool(self.probes) and (steps % every == 0 or steps == self.loop.steps)
 
-    def look(self, steps: int, params: Params) -> None:
-        """Evaluate, keep the state if it is the best, and decide whether to go on."""
+    def look(
+        self,
+        steps: int,
+        current: Callable[[], Params],
+        given_up: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """Evaluate, keep the state if it is the best, and decide whether to go on.
+
+        Args:
+            current: gives the parameters.
+            given_up: entered while figures are found. What it raises leaves the watch as it was.
+        """
         figures: Figures = {}
-        for probe in self.probes:
-            figures |= probe(params)
+        with given_up or nullcontext():
+            params = current()
+            for probe in self.probes:
+                figures |= probe(params)
         warnings: list[str] = []
         if self.saturation is not None and steps > self.loop.optim.warmup_steps:
             flat = self.saturation.look(figures["heldout_gap"])

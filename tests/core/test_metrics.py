@@ -62,6 +62,20 @@ def test_a_resumed_run_drops_its_later_steps_and_nobody_elses(tmp_path):
     assert steps(tmp_path, "opd_topk") == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_evaluation_that_comes_anew_is_dropped_with_what_follows(tmp_path):
+    for stage in ("sft", "train"):
+        with MetricsWriter(tmp_path, stage, "a") as writer:
+            for step in range(3):
+                writer.write(step, {"loss": step})
+                writer.write(step, {"warnings": 0})
+    with MetricsWriter(tmp_path, "train", "a", 2, again=True):
+        pass
+    steps = [("sft", s, what) for s in range(3) for what in ("loss", "warnings")]
+    steps += [("train", 0, "loss"), ("train", 0, "warnings"), ("train", 1, "loss")]
+    found = read_metrics(tmp_path)
+    assert [(x["stage"], x["step"], "loss" if "loss" in x else "warnings") for x in found] == steps
+
+
 def test_the_same_run_name_in_another_stage_is_another_run(tmp_path):
     write(tmp_path, 0, 3)
     with MetricsWriter(tmp_path, "sft", "opd") as writer:

@@ -91,28 +91,28 @@ def watch_of(folder, action, config, std, **loop):
 
 def test_drift_begins_a_round_in_place_of_the_stop_while_rounds_are_left(tmp_path):
     watch = watch_of(tmp_path, "stop", {"on_drift": True, "rounds": 1}, {}, steps=10)
-    watch.look(2, STATE)
+    watch.look(2, lambda: STATE)
     assert watch.stopped
     assert watch.turn(2)
     assert not watch.stopped
     assert watch.guard.warned == 0
     assert not watch.turn(3)  # one warning, one round
-    watch.look(4, STATE)
+    watch.look(4, lambda: STATE)
     assert not watch.turn(4)
     assert watch.stopped
 
 
 def test_a_warning_begins_one_round_and_none_before_the_first_step(tmp_path):
     watch = watch_of(tmp_path, "warn", {"on_drift": True}, {}, steps=10)
-    watch.look(0, STATE)
+    watch.look(0, lambda: STATE)
     assert not watch.turn(1)
-    watch.look(2, STATE)
+    watch.look(2, lambda: STATE)
     assert [watch.turn(steps) for steps in (2, 3)] == [True, False]
 
 
 def test_a_round_that_is_due_does_not_undo_a_stop(tmp_path):
     watch = watch_of(tmp_path, "stop", {"every": 2}, {}, steps=10)
-    watch.look(2, STATE)
+    watch.look(2, lambda: STATE)
     assert not watch.turn(2)
     assert watch.stopped
 
