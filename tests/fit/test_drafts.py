@@ -264,5 +264,7 @@ def test_a_pair_of_token_and_expert_is_counted_once_whatever_the_router_does(tmp
             found.append(draft.count())
     rows, length = (int(x) for x in re.findall(r"(\d+) rows of (\d+)", draft.what)[0])
     layers, width, hidden = 2, 64, 32
-    # Forward, again in the backward pass, which keeps nothing of experts, and two gradients.
-    assert found[1] - found[0] == 8 * 3 * width * hidden * layers * rows * length
+    # Three products forward; all but the last again in the backward pass, which keeps nothing of
+    # experts; and two gradients of each.
+    products = 3 + 2 + 2 * 3
+    assert found[1] - found[0] == 2 * products * width * hidden * layers * rows * length
