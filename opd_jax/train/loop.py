@@ -258,7 +258,8 @@ class _Run:
     def keep(self, saver: Saver, done: int, state: TrainState) -> None:
         """Begin a round and save, each if it is time to."""
         turned = self.watch is not None and self.watch.turn(done)
-        if turned or self.over(done) or done % self.job.loop.save_every == 0:
+        due = turned or self.over(done) or done % self.job.loop.save_every == 0
+        if due and done > self.saved:  # the only state is not removed to save it as evaluated
             self.save(saver, done, state)
         if turned:  # a round is drawn from a state that is there
             saver.finish()

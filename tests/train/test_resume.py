@@ -203,8 +203,11 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_next_try(tmp_path, at):
     assert steps == list(range(at))  # none of their lines is lost
     assert checkpoint.complete_steps(job.directory) == [at]
     assert not is_evaluated(job.directory, at)
+    there = (job.directory / f"{at:08d}" / "complete.json").stat()
     assert_same(straight, watched(job, params, seen=seen))
     assert [steps for steps, *_ in seen] == list(range(at, 6))
+    kept = job.directory / f"{at:08d}" / "complete.json"
+    assert kept.stat().st_ino == there.st_ino  # the only state was not removed to be saved again
 
 
 def test_sigterm_after_the_last_evaluation_is_not_forgotten(tmp_path):
