@@ -127,6 +127,24 @@ def test_every_term_equals_the_oracle_in_packed_rows(seed, terms, per_token):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.sampled_from([Terms(weight_cap=2.0), Terms(position_gamma=0.5)]))
+def test_weights_and_advantages_carry_no_gradient(seed, terms):
+    tokens, _ = packed(seed)
+    weight = tokens.mask_bt.astype(np.float32)
+
+    def final(student):
+        given = tokens._replace(student_bt=student)
+        return given, token_weights(given, weight, advantage(given, terms), terms)
+
+    def loss(student):
+        return sampled_opd(*final(student), terms)
+
+    student = jnp.asarray(tokens.student_bt)
+    fixed = final(student)[1] * advantage(tokens, terms)
+    np.testing.assert_allclose(jax.grad(loss)(student), -fixed, rtol=1e-6, atol=1e-7)
+
+
 def test_a_position_weighs_at_most_1_plus_gamma_however_small_its_response_s_advantages():
     """Behind a response with large ones, the running sum has no digits left for them."""
     segments = np.array([[1] * 482 + [2] * 30], np.int32)

@@ -207,7 +207,9 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_next_try(tmp_path, at):
     assert_same(straight, watched(job, params, seen=seen))
     assert [steps for steps, *_ in seen] == list(range(at, 6))
     kept = job.directory / f"{at:08d}" / "complete.json"
-    assert kept.stat().st_mtime_ns == there.st_mtime_ns  # the only state was not removed to be saved again
+    assert (
+        kept.stat().st_mtime_ns == there.st_mtime_ns
+    )  # the only state was not removed to be saved again
 
 
 def test_sigterm_after_the_last_evaluation_is_not_forgotten(tmp_path):
