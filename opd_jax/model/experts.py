@@ -108,7 +108,7 @@ def in_groups(
     gate = jax.lax.ragged_dot(rows, weights.gate_edf, size_e)
     up = jax.lax.ragged_dot(rows, weights.up_edf, size_e)
     hidden = defined(jax.nn.silu(gate) * up)
-    # Weighted before the last product, which no gradient then needs: f is less than d, and a layer
+    # Weighted before the last product, which no gradient then needs: it is not kept, and a layer
     # that is computed again leaves it out.
     weight_p1 = weight_ts.reshape(-1)[order_p][:, None]
     weighted = defined((hidden * weight_p1).astype(x_td.dtype))

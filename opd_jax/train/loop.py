@@ -150,7 +150,7 @@ def run_training(
                 run.save(saver, done, state, unseen=True)
                 break
             run.keep(saver, done, state)
-        if notice.came and run.saved < done:
+        if notice.came:
             run.save(saver, done, state)
     if notice.came:
         where = f"step {done} is saved in {job.directory}" if done else "no step is done yet"
@@ -198,8 +198,7 @@ class _Run:
         self.trace.step()
         start = time.monotonic()
 
-        def ready() -> Params:
-            """The step before is no part of the wait."""
+        def ready() -> Params:  # the step before is no part of the wait
             nonlocal start
             params = jax.block_until_ready(current())
             start = time.monotonic()
@@ -233,20 +232,24 @@ class _Run:
         self, done: int, params: Callable[[], Params], notice: Preemption | None = None
     ) -> bool:
         """Evaluate if it is time to; False: SIGTERM came, and it is left to the next try."""
-        if self.watch is None:
+        if self.watch is None or not self.watch.due(done):
             return True
-        given_up = notice and notice.raised(self._at_rest(done))
+        self.flush()
+        # Of rounds: the next try would not yet have the rollouts of the one under way.
+        given_up = notice and notice.raised(self._at_rest(done) and self.watch.rounds is None)
         try:
-            if self.watch.due(done):
-                self.flush()
-                self.watch.look(done, params, given_up)
-                self.meter.pause()
+            self.watch.look(done, params, given_up)
         except Preempted:
+            if notice is None:  # nothing is done yet
+                raise
             return False
+        self.meter.pause()
         return True
 
     def save(self, saver: Saver, done: int, state: TrainState, *, unseen: bool = False) -> None:
         """Begin to save the state after so many steps; `unseen`: it is still to be evaluated."""
+        if done == self.saved:  # it is not removed to be saved once more, as evaluated
+            return
         self.flush()  # it stops at a step that is not finite, or counts it as skipped
         past = _Past(self.tokens, self.skipped, self.in_a_row, unseen)
         watch = None if self.watch is None else self.watch.state()
@@ -258,8 +261,7 @@ class _Run:
     def keep(self, saver: Saver, done: int, state: TrainState) -> None:
         """Begin a round and save, each if it is time to."""
         turned = self.watch is not None and self.watch.turn(done)
-        due = turned or self.over(done) or done % self.job.loop.save_every == 0
-        if due and done > self.saved:  # the only state is not removed to save it as evaluated
+        if turned or self.over(done) or done % self.job.loop.save_every == 0:
             self.save(saver, done, state)
         if turned:  # a round is drawn from a state that is there
             saver.finish()
@@ -338,9 +340,10 @@ def _resume(
             f"{job.directory}: step {step} was trained with other settings or inputs; "
             "redo the stage with --force"
         )
+    past = _Past(**meta["past"])
     if watch is not None:
-        watch.restore(step, meta["watch"])
-    return state, _Past(**meta["past"])
+        watch.restore(step, meta["watch"], unseen=past.unseen)
+    return state, past
 
 
 def _put(model: LanguageModel, batch: Any) -> Any:

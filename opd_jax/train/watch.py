@@ -107,8 +107,8 @@ class Watch:
             "rounds": None if self.rounds is None else self.rounds.state(),
         }
 
-    def restore(self, steps: int, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint of so many steps; `None`: begin.
+    def restore(self, steps: int, state: dict[str, Any] | None, *, unseen: bool = False) -> None:
+        """Go on from a checkpoint of so many steps; `None`: begin; `unseen`: it is looked at next.
 
         A best state that a killed try found later is dropped: this one finds its own.
         """
@@ -124,7 +124,7 @@ class Watch:
                 self.rounds.restore(state["rounds"])
         best = self.guard.best if self.guard is not None else None
         kept = None if best is None else best[1]
-        over = self.stopped or steps == self.loop.steps
+        over = self.stopped or (steps == self.loop.steps and not unseen)
         there = from_first(str(kept in checkpoint.complete_steps(self.directory))) == "True"
         if self.guard and not over and not there:
             self.guard.best = kept = None  # that later one has replaced it: the next evaluation is

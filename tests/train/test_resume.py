@@ -11,13 +11,14 @@ from models import tiny
 from test_loop import PLAIN, batch_of
 
 from opd_jax.config import MeshConfig
-from opd_jax.config_train import GuardConfig
+from opd_jax.config_train import GuardConfig, RefreshConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.core.trace import FIRST
 from opd_jax.errors import Preempted
 from opd_jax.train import checkpoint
 from opd_jax.train.guard import Guard, Saturation
 from opd_jax.train.loop import Source, TrainJob, is_evaluated, run_training
+from opd_jax.train.rounds import Rounds
 from opd_jax.train.step import Objective
 from opd_jax.train.watch import Watch
 
@@ -210,6 +211,51 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_next_try(tmp_path, at):
     assert (
         kept.stat().st_mtime_ns == there.st_mtime_ns
     )  # the only state was not removed to be saved again
+
+
+def test_a_notice_before_the_first_step_ends_the_run(tmp_path):
+    """The evaluation before it has no state to save: what ends a stage is not held back."""
+    job, params = job_of(tmp_path)
+
+    class First(Known):
+        def look(self, steps, *more):
+            raise Preempted("SIGTERM")
+
+    watch = First(job.loop, lambda *_: None, tmp_path / "best", [dict])
+    with pytest.raises(Preempted):
+        run_training(job, lambda: params, source_until(), lambda *_: None, watch)
+    assert checkpoint.latest_step(job.directory) is None
+
+
+def test_a_second_sigterm_leaves_the_saved_state_alone(tmp_path):
+    job, params = job_of(tmp_path, save_every=100)
+    saved = []
+    for _ in range(2):
+        watch = Known(job.loop, lambda *_: None, tmp_path / "best", [dict], Guard(GuardConfig()))
+        watch.sigterm_at = 2
+        with pytest.raises(Preempted, match="step 2 is saved"):
+            run_training(job, lambda: params, source_until(), lambda *_: None, watch)
+        saved.append((job.directory / "00000002" / "complete.json").stat().st_mtime_ns)
+    assert saved[0] == saved[1]
+
+
+def test_a_run_with_rounds_finishes_its_evaluation(tmp_path):
+    job, params = job_of(tmp_path, save_every=100)
+    looked = []
+
+    class Late(Known):
+        def look(self, steps, *more):
+            if steps == 2:
+                signal.raise_signal(signal.SIGTERM)
+            super().look(steps, *more)
+            looked.append(steps)
+
+    rounds = Rounds(RefreshConfig(on_drift=True), STEPS)
+    watch = Late(job.loop, lambda *_: None, tmp_path / "best", [dict], rounds=rounds)
+    with pytest.raises(Preempted, match="step 2 is saved"):
+        run_training(job, lambda: params, source_until(), lambda *_: None, watch)
+    assert looked == [0, 1, 2]
+    assert is_evaluated(job.directory, 2)
 
 
 def test_sigterm_after_the_last_evaluation_is_not_forgotten(tmp_path):
