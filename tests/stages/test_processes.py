@@ -14,13 +14,11 @@ from tiny_run import FRESH, ROOT, arguments
 
 from opd_jax.data.store import open_store
 
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 400
 EVERY_KIND = (
     *FRESH,
     "train.enabled=[opd,opd_topk,opd_online]",
     "train.runs.opd.refresh.every=2",
-    "evaluate.base=false",
-    "evaluate.teacher=false",
 )
 
 
