@@ -204,13 +204,11 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_next_try(tmp_path, at):
     assert steps == list(range(at))  # none of their lines is lost
     assert checkpoint.complete_steps(job.directory) == [at]
     assert not is_evaluated(job.directory, at)
-    there = (job.directory / f"{at:08d}" / "complete.json").stat()
+    kept = job.directory / f"{at:08d}" / "complete.json"
+    written = kept.stat().st_mtime_ns
     assert_same(straight, watched(job, params, seen=seen))
     assert [steps for steps, *_ in seen] == list(range(at, 6))
-    kept = job.directory / f"{at:08d}" / "complete.json"
-    assert (
-        kept.stat().st_mtime_ns == there.st_mtime_ns
-    )  # the only state was not removed to be saved again
+    assert kept.stat().st_mtime_ns == written  # not removed to be saved again
 
 
 def test_a_notice_before_the_first_step_ends_the_run(tmp_path):
@@ -237,6 +235,24 @@ def test_a_second_sigterm_leaves_the_saved_state_alone(tmp_path):
             run_training(job, lambda: params, source_until(), lambda *_: None, watch)
         saved.append((job.directory / "00000002" / "complete.json").stat().st_mtime_ns)
     assert saved[0] == saved[1]
+
+
+def test_a_best_state_that_an_unseen_last_one_replaced_is_found_anew(tmp_path, monkeypatch):
+    """A try that evaluated it was killed before the run's end; this one finds it worse."""
+    job, params = job_of(tmp_path, save_every=100)
+
+    def run(sigterm_at=None):
+        guard = Guard(GuardConfig(final="best"))
+        watch = Known(job.loop, lambda *_: None, tmp_path / "best", [dict], guard)
+        watch.sigterm_at = sigterm_at
+        return run_training(job, lambda: params, source_until(), lambda *_: None, watch)
+
+    with pytest.raises(Preempted, match="step 6 is saved"):
+        run(sigterm_at=6)
+    assert checkpoint.complete_steps(tmp_path / "best") == [2]
+    assert run().best == 6
+    monkeypatch.setitem(KLS, 6, 0.9)
+    assert run().best == 6
 
 
 def test_a_run_with_rounds_finishes_its_evaluation(tmp_path):
