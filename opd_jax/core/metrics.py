@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one JSON object per line with `stage`, `run`, `step` and figures.
 
 The file is only appended to and flushed line by line, so a kill costs at most a torn last line,
-which the next writer takes away. A resumed run drops its own lines from its first step on: no step
-appears twice.
+which the next writer takes away. A resumed run drops its own lines from its first step on, and an
+evaluation that it makes anew: nothing appears twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MetricsWriter:
     """Appends the metrics of one run of one stage; of several processes only one may have a writer.
 
     `start_step` is the first step to be written: lines of this run from there on are dropped, and
-    with `again` the evaluation of the step before, which comes anew.
+    with `again` the evaluation of the step before, which comes anew (to boards it goes once more).
     With `tensorboard`, the same figures go to `RUN_DIR/tensorboard/STAGE/RUN`; with `wandb`, a
     project's name, to Weights & Biases, which keeps its files in `RUN_DIR/wandb`.
     """
