@@ -354,7 +354,8 @@ def run_tests(folder: Path, tests: str) -> tuple[bool, list[str]]:
     command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "", "-q", *tests.split()]
     env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    failed = [line.split("::")[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line.split("::")[1] for line in told]
     if done.returncode not in (0, 1):  # no tests, or a break that is none
         raise SystemExit(f"{tests}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
     return done.returncode == 0, sorted({name.split("[")[0].split(" ")[0] for name in failed})
