@@ -13,10 +13,12 @@ everywhere() {
 }
 
 copy() {
-  local archive
-  archive=$(mktemp -d)/opd_jax.tgz
-  tar --exclude=.git --exclude=.venv --exclude=./runs -czf "$archive" .
-  gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone="$ZONE" --worker=all
+  local scratch  # under $TMPDIR, which may lie in the checkout: an archive that reads itself fails
+  scratch=$(mktemp -d)
+  tar --exclude=.git --exclude=.venv --exclude=./runs --exclude="${scratch##*/}" \
+    -czf "$scratch/opd_jax.tgz" .
+  gcloud compute tpus tpu-vm scp "$scratch/opd_jax.tgz" "$TPU:" --zone="$ZONE" --worker=all
+  rm -r "$scratch"
 }
 
 # The images of TPU VMs have an older Python than 3.11: uv brings one.

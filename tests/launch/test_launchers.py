@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def test_configs_and_extras_that_it_names_exist(name):
     extras = {extra for pair in named for extra in "".join(pair).split(",")}
     assert extras <= {*project["optional-dependencies"]}
     assert extras or name not in ("slurm.sbatch", "tpu_vm.sh", "sky_gpu.yaml", "sky_tpu.yaml")
+
+
+def test_the_archive_for_tpu_vms_is_the_checkout_without_itself(host):
+    # $TMPDIR of these tests lies in the folder that they start in.
+    host.tool("bin/gcloud", '#!/bin/sh\n[ "$4" != scp ] || cp "$5" "$HOME/sent.tgz"\n')
+    for name in ("opd_jax/main.py", ".git/HEAD", "runs/mine/run.json"):
+        (host.folder / name).parent.mkdir(parents=True)
+        (host.folder / name).touch()
+    host.run(FOLDER / "tpu_vm.sh")
+    with tarfile.open(host.folder / "sent.tgz") as sent:
+        names = {*sent.getnames()}
+    assert names == {".", "./bin", "./bin/gcloud", "./opd_jax", "./opd_jax/main.py", "./tmp"}
+    assert not [*(host.folder / "tmp").iterdir()]
 
 
 def test_the_shell_can_read_them(host):
