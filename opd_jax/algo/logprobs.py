@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opd_jax.algo.chunks import cut_time, join_time
+from opd_jax.algo.needed import over_the_first, to_the_front
 from opd_jax.algo.padding import LOWEST, without_padding
 from opd_jax.core.mesh import axis_size, constrain
 
@@ -29,7 +30,6 @@ BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
 MAX_BLOCK = 4096  # a float32 sum of more terms, one after the other, loses digits
 KEPT_LOGITS = 2**27  # half a GiB
-CHUNK_TOKENS = 1024
 
 
 class ChosenLogprobs(NamedTuple):
@@ -37,15 +37,6 @@ class ChosenLogprobs(NamedTuple):
 
     logprob_bts: jax.Array  # float32, of each chosen id
     entropy_bt: jax.Array  # float32, nats; carries no gradient
-
-
-class TopK(NamedTuple):
-    """The likeliest tokens of a distribution, likeliest first."""
-
-    logprob_bt: jax.Array  # float32, of the target
-    entropy_bt: jax.Array  # float32, nats
-    ids_btk: jax.Array  # int32
-    logprob_btk: jax.Array  # float32, normalised over the whole vocabulary
 
 
 class _Plan(NamedTuple):
@@ -71,6 +62,7 @@ def chosen_logprobs(
     padded_from: int | None = None,
     *,
     keep_logits: bool = False,
+    needed_bt: jax.Array | None = None,
 ) -> ChosenLogprobs:
     """Log-probs of `ids_bts` at every position, and the entropy there.
 
@@ -83,6 +75,7 @@ def chosen_logprobs(
         padded_from: first row of the head that is no token and has no probability, if one is.
         keep_logits: leave float32 [b, t, v] for the backward pass, which then computes a quarter
             less; few tokens' are kept in any case.
+        needed_bt: bool: elsewhere both may be 0 (`algo.needed`). `None`: all are needed.
     """
     (b, t, d), v = hidden_btd.shape, head_vd.shape[0]
     shards = 1 if mesh is None else axis_size(mesh, "vocab")
@@ -90,53 +83,12 @@ def chosen_logprobs(
     keep = keep_logits or (b * t <= d and b * t * v <= KEPT_LOGITS)
     size = v // shards
     plan = _Plan(mesh, shards, size, min(size, fitting), keep, padded_from)
-    found = _chosen(hidden_btd, head_vd, ids_bts, plan)
-    return ChosenLogprobs(*cast(tuple[jax.Array, jax.Array], found))  # `custom_vjp` hides the type
-
-
-def top_k_logprobs(
-    hidden_btd: jax.Array,
-    head_vd: jax.Array,
-    ids_bt: jax.Array,
-    k: int,
-    mesh: Mesh | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-    padded_from: int | None = None,
-) -> TopK:
-    """The target's log-prob, the `k` likeliest tokens and the entropy, in one pass. Forward only.
-
-    Each piece of a vocabulary that the mesh cuts finds its own `k`; only those travel.
-    """
-    shards = 1 if mesh is None else axis_size(mesh, "vocab")
-    # Its rows whole, once: each chunk of tokens reads all of them.
-    head_vd = constrain(head_vd.astype(hidden_btd.dtype), mesh, ("vocab", "replicated"), "head")
-    head_nvd = head_vd.reshape(shards, -1, head_vd.shape[-1])
-    b, t, _ = hidden_btd.shape
-    chunk = min(t, max(1, chunk_tokens // b))
-
-    def body(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TopK]:
-        hidden, ids = xs
-        logits_bcnv = jnp.einsum(
-            "bcd,nvd->bcnv", hidden, head_nvd, preferred_element_type=jnp.float32
-        )
-        logits_bcnv = without_padding(logits_bcnv, (2, 3), padded_from)
-        logprob_bcnv = jax.nn.log_softmax(logits_bcnv, axis=(-2, -1))
-        entropy_bc = -jnp.sum(jnp.exp(logprob_bcnv) * logprob_bcnv, axis=(-2, -1))
-        target_bcn = _pick(logprob_bcnv, ids[..., None], 0, head_nvd.shape[1])[..., 0]
-        values, top_ids = _top_k_of_pieces(logprob_bcnv, k)
-        return None, TopK(jnp.sum(target_bcn, axis=-1), entropy_bc, top_ids, values)
-
-    _, out = jax.lax.scan(body, None, (cut_time(hidden_btd, chunk), cut_time(ids_bt, chunk)))
-    return jax.tree.map(lambda x: join_time(x, t), out)
-
-
-def _top_k_of_pieces(logprob_bcnv: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Values and ids [b, c, k], likeliest first; equal ones in the order of their ids."""
-    b, c, n, v = logprob_bcnv.shape
-    values, ids = jax.lax.top_k(logprob_bcnv, min(k, v))
-    ids = ids.astype(jnp.int32) + (jnp.arange(n, dtype=jnp.int32) * v)[None, None, :, None]
-    values, place = jax.lax.top_k(values.reshape(b, c, -1), k)
-    return values, jnp.take_along_axis(ids.reshape(b, c, -1), place, axis=-1)
+    chosen = cast(Callable[..., tuple[jax.Array, jax.Array]], _chosen)  # `custom_vjp` hides it
+    front = to_the_front(needed_bt, mesh)
+    if front is None or needed_bt is None:
+        return ChosenLogprobs(*chosen(hidden_btd, head_vd, ids_bts, None, plan))
+    found = chosen(front.take(hidden_btd), head_vd, front.take(ids_bts), front.count, plan)
+    return ChosenLogprobs(*(front.give_back(x, needed_bt) for x in found))
 
 
 def _pieces(t: int, entries: int, ways: int) -> int:
@@ -144,7 +96,7 @@ def _pieces(t: int, entries: int, ways: int) -> int:
     return min(t, max(1, BLOCK_LOGITS // entries // ways) * ways)
 
 
-def _pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
+def pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
     """[b, t, n, s]: entries of ids in the rows from `start` of n pieces of `size`; else 0."""
     n, c = block_btnc.shape[-2:]
     first_n = jnp.arange(n, dtype=jnp.int32) * size + start
@@ -167,37 +119,63 @@ class _Saved(NamedTuple):
     hidden_btd: jax.Array
     head_vd: jax.Array  # cast
     ids_bts: jax.Array
+    count: jax.Array | None  # of the positions that are needed, if they come first
     lse_bt: jax.Array
     like: jax.Array  # empty, of the parameter's dtype
     logits: _Blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chosen(
-    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    ids_bts: jax.Array,
+    count: jax.Array | None,
+    plan: _Plan,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs [b, t, s] and entropy [b, t], float32; the entropy carries no gradient."""
-    return _chosen_fwd(hidden_btd, head_vd, ids_bts, plan._replace(keep=False))[0]
+    return _chosen_fwd(hidden_btd, head_vd, ids_bts, count, plan._replace(keep=False))[0]
 
 
 def _chosen_fwd(
-    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    ids_bts: jax.Array,
+    count: jax.Array | None,
+    plan: _Plan,
 ) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
     like = jnp.zeros((0,), head_vd.dtype)
     head_vd = head_vd.astype(hidden_btd.dtype)
-    logprob_bts, lse_bt, entropy_bt, logits = _forward(hidden_btd, head_vd, ids_bts, plan)
-    saved = _Saved(hidden_btd, head_vd, ids_bts, lse_bt, like, logits)
+    t = hidden_btd.shape[1]
+
+    def of_first(n: int) -> tuple[tuple[jax.Array, ...], _Blocks]:
+        *found, logits = _forward(hidden_btd[:, :n], head_vd, ids_bts[:, :n], plan, t)
+        return tuple(_longer(x, 1, t) for x in found), logits
+
+    (logprob_bts, lse_bt, entropy_bt), logits = over_the_first(count, t, of_first)
+    saved = _Saved(hidden_btd, head_vd, ids_bts, count, lse_bt, like, logits)
     return (logprob_bts, entropy_bt), saved
+
+
+def _longer(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """With zeros at the end of an axis, up to `size`."""
+    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
 def _chosen_bwd(
     plan: _Plan, saved: _Saved, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array, None, None]:
     grad_bts = cotangents[0].astype(jnp.float32)
-    hidden_btd, head_vd = _normaliser_grads(saved, -jnp.sum(grad_bts, axis=-1), plan)
+    t = grad_bts.shape[1]
+
+    def of_first(n: int) -> tuple[jax.Array, jax.Array]:
+        hidden_btd, head_vd = _normaliser_grads(saved, -jnp.sum(grad_bts[:, :n], axis=-1), plan)
+        return _longer(hidden_btd, 1, t), head_vd
+
     ways = 1 if plan.mesh is None else axis_size(plan.mesh, "time")
-    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, (hidden_btd, head_vd), ways)
-    return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None
+    found = over_the_first(saved.count, t, of_first)
+    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, found, ways)
+    return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None, None
 
 
 def _add_chosen_grads(
@@ -276,9 +254,9 @@ def _block_logits(hidden_btd: jax.Array, head_ncd: jax.Array, at: Any, plan: _Pl
 
 
 def _forward(
-    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan
+    hidden_btd: jax.Array, head_vd: jax.Array, ids_bts: jax.Array, plan: _Plan, kept_t: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, _Blocks]:
-    """Chosen log-probs, log-sum-exp and entropy, float32; and the logits that are kept."""
+    """Chosen log-probs, log-sum-exp and entropy, float32; and the kept logits, of `kept_t`."""
 
     # `spread`: weights times logits below the largest; the logits themselves would cancel badly.
     # It is a product, for CPUs: of two sums each would compute the exponentials again.
@@ -289,7 +267,7 @@ def _forward(
         top_nbt, total_nbt, spread_nbt, chosen_btns = carry
         logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
         logits_btnc = jnp.moveaxis(logits_ncbt, (0, 1), (2, 3))
-        chosen_btns += _pick(logits_btnc, ids_bts, start, plan.size)
+        chosen_btns += pick(logits_btnc, ids_bts, start, plan.size)
         new_top = jnp.maximum(top_nbt, jnp.max(logits_ncbt, axis=1))
         below = logits_ncbt - new_top[:, None]
         weight = jnp.exp(below)
@@ -297,7 +275,8 @@ def _forward(
         spread_nbt = (spread_nbt + total_nbt * moved) * jnp.exp(moved)
         spread_nbt += jnp.einsum("ncbt,ncbt->nbt", weight, below, precision="highest")
         total_nbt = total_nbt * jnp.exp(moved) + jnp.sum(weight, axis=1)
-        return (new_top, total_nbt, spread_nbt, chosen_btns), logits_ncbt if plan.keep else None
+        kept = _longer(logits_ncbt, 3, kept_t) if plan.keep else None
+        return (new_top, total_nbt, spread_nbt, chosen_btns), kept
 
     (b, t, s), n = ids_bts.shape, plan.shards
     zero = jnp.zeros((n, b, t), jnp.float32)
@@ -316,15 +295,22 @@ def _forward(
 def _normaliser_grads(
     saved: _Saved, grad_bt: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array]:
-    """Float32 gradients of the log-sum-exp for hidden states [b, t, d] and head [v, d]."""
-    hidden_btd, head_vd = saved.hidden_btd, saved.head_vd
+    """Float32 gradients of the log-sum-exp for hidden states [b, t, d] and head [v, d].
+
+    For as many of the first positions as `grad_bt` has.
+    """
+    t = grad_bt.shape[1]
+    hidden_btd, lse_bt, head_vd = saved.hidden_btd[:, :t], saved.lse_bt[:, :t], saved.head_vd
 
     def body(
         head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], kept: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], None]:
         hidden_grad_nbtd, head_grad_nvd = carry
-        logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan) if kept is None else kept
-        prob_ncbt = jnp.exp(logits_ncbt - saved.lse_bt[None, None])
+        if kept is None:
+            logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
+        else:
+            logits_ncbt = kept[..., :t]
+        prob_ncbt = jnp.exp(logits_ncbt - lse_bt[None, None])
         logit_grad = (prob_ncbt * grad_bt[None, None]).astype(hidden_btd.dtype)
         hidden_grad_nbtd += jnp.einsum(
             "ncbt,ncd->nbtd", logit_grad, head_ncd, preferred_element_type=jnp.float32

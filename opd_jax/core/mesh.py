@@ -99,6 +99,11 @@ def platform_of(mesh: Mesh | None) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def is_one_cpu(mesh: Mesh | None) -> bool:
+    """Whether all is computed on a single device, and that is a CPU."""
+    return platform_of(mesh) == "cpu" and (mesh is None or mesh.size == 1)
+
+
 def axis_size(mesh: Mesh, logical: str) -> int:
     """How many ways a logical axis is cut on this mesh."""
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))

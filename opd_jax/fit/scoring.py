@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.algo.logprobs import CHUNK_TOKENS
+from opd_jax.algo.top_k import CHUNK_TOKENS
 from opd_jax.core.flops import count_flops
 from opd_jax.fit.draft import Draft, context_of, device_bytes, forward_flops, on_one, rows_of
 from opd_jax.fit.setup import Setup

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from opd_jax.core.mesh import axis_size, platform_of
+from opd_jax.core.mesh import axis_size, is_one_cpu, platform_of
 from opd_jax.errors import ConfigError
 from opd_jax.model.attention import attend, attend_by_row, attend_chunked
 from opd_jax.model.attention_mesh import Inputs, on_each_device
@@ -65,7 +65,7 @@ def attend_rows(
     if name == "xla":
         return attend(q_btnh, k_btkh, v_btkh, segments_bt)
     if name == "chunked":
-        if case.platform == "cpu" and (mesh is None or mesh.size == 1):
+        if is_one_cpu(mesh):
             return attend_by_row(q_btnh, k_btkh, v_btkh, segments_bt)
         if mesh is None or axis_size(mesh, "time") == 1:
             return attend_chunked(q_btnh, k_btkh, v_btkh, segments_bt)

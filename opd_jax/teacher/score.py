@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.algo.logprobs import CHUNK_TOKENS, chosen_logprobs, top_k_logprobs
+from opd_jax.algo.logprobs import chosen_logprobs
+from opd_jax.algo.top_k import CHUNK_TOKENS, top_k_logprobs
 from opd_jax.core.mesh import axis_size, constrain, put_batch, replicated
 from opd_jax.data.collate import best_fit, packed_rows
 from opd_jax.data.records import Record, Scores

@@ -108,6 +108,7 @@ def _token_loss(
         model.mesh,
         padded_from=model.padded_from,
         keep_logits=model.remat == "none",  # a fraction of what the layers keep then
+        needed_bt=batch["mask_bt"],
     )
     student_bt, mask_bt = chosen.logprob_bts[..., 0], batch["mask_bt"]
     if objective.kind == "sft":

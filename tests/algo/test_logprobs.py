@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from opd_jax.algo import logprobs
 from opd_jax.algo.chunks import cut_time, join_time
-from opd_jax.algo.logprobs import chosen_logprobs, top_k_logprobs
+from opd_jax.algo.logprobs import chosen_logprobs
+from opd_jax.algo.top_k import top_k_logprobs
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh, put_batch, sharding_for
 
