@@ -11,6 +11,8 @@ transformers: padded micro-batches of at most 2,048 tokens, each as wide as its 
 sequences in the order of the step, none sorted or packed; AdamW, clipping, accumulation. Both
 sides read one folder of weights and take the same sequences in the same steps; tokens are response
 tokens. `step.processor_ratio` is `step.ratio` by processor time: beside other jobs it is steadier.
+A round is a step, and what padding costs depends on a step's lengths: all 15 that follow the first,
+which compiles, are timed, unless `--rounds` says fewer. `step.total_ratio` is of their sum.
 
 `outside.share` is the whole step less one that ends with the gradients, `metrics.share` the
 step less one whose metrics are thrown away, each over the whole step, taken in turn within
@@ -281,8 +283,11 @@ def compare(folder, rounds):
             f"  {name:8} {speed[name]:6.1f} response tokens/s   padding {padding:5.1%}   peak"
             f" {side.peak / 2**30:5.2f} GiB   losses {losses}"
         )
+    pairs = (b / a for a, b in zip(mine.seconds, other.seconds, strict=True))
+    print(f"  ratio of each step: {' '.join(f'{pair:.2f}' for pair in pairs)}")
     return {
         "step.ratio": ratio(mine, other),
+        "step.total_ratio": sum(other.seconds) / sum(mine.seconds),
         "step.processor_ratio": median(
             b["processor"] / a["processor"]
             for a, b in zip(mine.values[1:], other.values[1:], strict=True)
@@ -313,7 +318,7 @@ def shared_out(folder, rounds):
 
 
 def main():
-    given = arguments(__doc__, SIDES, 5, ("step", "shares"))
+    given = arguments(__doc__, SIDES, STEPS - 1, ("step", "shares"))
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
