@@ -23,7 +23,7 @@ from statistics import median
 from common import report
 from sides import Side, alternate, arguments, ratio, serve
 
-BATCH, LENGTH = 4, 512
+BATCH, LENGTH, PROMPT = 4, 512, 64
 SHAPE = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -47,7 +47,7 @@ def example():
     tokens = rng.integers(0, SHAPE["vocab_size"], (BATCH, LENGTH + 1))
     teacher = rng.uniform(-14, -8, (BATCH, LENGTH)).astype(np.float32)
     mask = np.ones((BATCH, LENGTH), bool)
-    mask[:, :64] = False
+    mask[:, :PROMPT] = False
     return tokens, teacher, mask
 
 
@@ -227,11 +227,12 @@ SIDES = {"ours": ours, "theirs": theirs, "ceiling": ceiling, "compile": compilin
 
 def product_flops(passes):
     """Floating-point operations in matrix products that the mathematics asks for: `passes` is 1
-    forward, 3 with backward. Attention counts the causal half."""
+    forward, 3 with backward, when only targets have logits. Attention counts the causal half."""
     s = SHAPE
     d, h = s["hidden_size"], s["hidden_size"] // s["num_attention_heads"]
     per_layer = 2 * d * d + 2 * d * s["num_key_value_heads"] * h + 3 * d * s["intermediate_size"]
-    weights = s["num_hidden_layers"] * per_layer + s["vocab_size"] * d
+    logits = 1 if passes == 1 else 1 - PROMPT / LENGTH
+    weights = s["num_hidden_layers"] * per_layer + s["vocab_size"] * d * logits
     attention = s["num_hidden_layers"] * 2 * d * LENGTH / 2
     return 2 * passes * BATCH * LENGTH * (weights + attention)
 

@@ -6,11 +6,12 @@
 A step takes 16 sequences of 30 to 512 tokens: Python's own help texts, cut to prompts of 20 to 100
 tokens and responses of a long-tailed length, with random teacher log-probs. Ours is the step of
 the `train` stage: records and scores come from a store, packed into rows of 512 tokens, one row a
-micro-batch (`micro_batch_size: 1`, `remat: none`). Theirs is the same arithmetic in torch and
-transformers: padded micro-batches of at most 2,048 tokens, each as wide as its longest sequence,
-sequences in the order of the step, none sorted or packed; AdamW, clipping, accumulation. Both
-sides read one folder of weights and take the same sequences in the same steps; tokens are response
-tokens. `step.processor_ratio` is `step.ratio` by processor time: beside other jobs it is steadier.
+micro-batch (`micro_batch_size: 1`, `remat: none`). Theirs computes the same loss in torch and
+transformers, whose models give the logits of prompts and padding too: padded micro-batches of at
+most 2,048 tokens, each as wide as its longest sequence, sequences in the order of the step, none
+sorted or packed; AdamW, clipping, accumulation. Both sides read one folder of weights and take the
+same sequences in the same steps; tokens are response tokens. `step.processor_ratio` is `step.ratio`
+by processor time: beside other jobs it is steadier.
 A round is a step, and what padding costs depends on a step's lengths: all 15 that follow the first,
 which compiles, are timed, unless `--rounds` says fewer. `step.total_ratio` is of their sum.
 

@@ -84,11 +84,11 @@ def chosen_logprobs(
     size = v // shards
     plan = _Plan(mesh, shards, size, min(size, fitting), keep, padded_from)
     chosen = cast(Callable[..., tuple[jax.Array, jax.Array]], _chosen)  # `custom_vjp` hides it
-    front = to_the_front(needed_bt, mesh)
-    if front is None or needed_bt is None:
+    front = to_the_front(needed_bt, head_vd, mesh)
+    if front is None:
         return ChosenLogprobs(*chosen(hidden_btd, head_vd, ids_bts, None, plan))
     found = chosen(front.take(hidden_btd), head_vd, front.take(ids_bts), front.count, plan)
-    return ChosenLogprobs(*(front.give_back(x, needed_bt) for x in found))
+    return ChosenLogprobs(*(front.give_back(x) for x in found))
 
 
 def _pieces(t: int, entries: int, ways: int) -> int:

@@ -13,12 +13,11 @@ everywhere() {
 }
 
 copy() {
-  local scratch  # under $TMPDIR, which may lie in the checkout: an archive that reads itself fails
-  scratch=$(mktemp -d)
+  scratch=$(mktemp -d)  # in $TMPDIR, which may lie in the checkout: an archive that reads itself fails
+  trap 'rm -r "$scratch"' EXIT
   tar --exclude=.git --exclude=.venv --exclude=./runs --exclude="${scratch##*/}" \
     -czf "$scratch/opd_jax.tgz" .
   gcloud compute tpus tpu-vm scp "$scratch/opd_jax.tgz" "$TPU:" --zone="$ZONE" --worker=all
-  rm -r "$scratch"
 }
 
 # The images of TPU VMs have an older Python than 3.11: uv brings one.

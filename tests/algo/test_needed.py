@@ -16,7 +16,8 @@ B, T, D, V, S = 3, 100, 8, 70, 2
 
 
 @pytest.fixture
-def arrays():
+def arrays(monkeypatch):
+    monkeypatch.setattr(needed, "LEAST", 1)
     rng = np.random.default_rng(0)
     hidden, weight = rng.normal(size=(B, T, D)), rng.normal(size=(B, T, S))
     ids = rng.integers(0, V, (B, T, S)).astype(np.int32)
@@ -75,10 +76,13 @@ def test_fewer_are_fewer_operations(arrays):
     assert half == pytest.approx(every * 160 / 300, rel=0.01)
 
 
-def test_only_one_cpu_with_enough_positions_chooses():
+def test_only_one_cpu_with_enough_positions_and_a_large_head_chooses():
     mask = some(10)
-    assert to_the_front(mask, None) is not None
-    assert to_the_front(mask, make_mesh(MeshConfig(), devices=jax.devices()[:1])) is not None
-    assert to_the_front(None, None) is None
-    assert to_the_front(mask.ravel()[: needed.FEWEST - 1].reshape(1, -1), None) is None
-    assert to_the_front(mask, make_mesh(MeshConfig(fsdp=2, tensor=2))) is None
+    one = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    head = jax.ShapeDtypeStruct((2**15, 32), jnp.float32)
+    assert to_the_front(mask, head, None) is not None
+    assert to_the_front(mask, head, one) is not None
+    assert to_the_front(None, head, None) is None
+    assert to_the_front(mask[:, : needed.FEWEST // B], head, None) is None
+    assert to_the_front(mask, jax.ShapeDtypeStruct((2**14, 63), jnp.float32), None) is None
+    assert to_the_front(mask, head, make_mesh(MeshConfig(fsdp=2, tensor=2))) is None

@@ -7,6 +7,7 @@ import optax
 import pytest
 from models import tiny
 
+from opd_jax.algo import needed
 from opd_jax.config import MeshConfig
 from opd_jax.config_train import LoopConfig, LoraConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh, put_batch
@@ -136,8 +137,11 @@ def compiled(adapters, model):
     return step.lower(abstract_state(trains, optimizer), batch_of(b=1), *frozen).compile()
 
 
-def test_frozen_weights_have_no_gradient_and_no_moment():
+@pytest.mark.parametrize("fewest", [needed.FEWEST, 1])
+def test_frozen_weights_have_no_gradient_and_no_moment(fewest, monkeypatch):
     """Figures of the compiled step: neither bytes nor operations for what is not trained."""
+    monkeypatch.setattr(needed, "FEWEST", fewest)  # with 1, the head's products choose
+    monkeypatch.setattr(needed, "LEAST", 1)
     model, params = tiny(num_layers=1, ffn_dim=4096)
     adapters = Adapters(model, LoraConfig(rank=2, targets=("wq", "w_down")))
     state = abstract_state(adapters, make_optimizer(adapters, LOOP))

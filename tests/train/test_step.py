@@ -6,9 +6,11 @@ import optax
 import pytest
 from models import tiny
 
+from opd_jax.algo import needed
 from opd_jax.algo.losses import Terms
 from opd_jax.config import MeshConfig
 from opd_jax.config_train import LoopConfig, OptimConfig, TrainRun
+from opd_jax.core.flops import count_flops
 from opd_jax.core.mesh import make_mesh, put_batch
 from opd_jax.errors import ConfigError
 from opd_jax.train.jobs import objective_of
@@ -17,6 +19,7 @@ from opd_jax.train.step import (
     Objective,
     abstract_state,
     batch_loss,
+    gradients,
     init_state,
     make_train_step,
 )
@@ -74,6 +77,38 @@ def assert_same(got, want, atol):
 def test_accumulated_equals_whole(objective):
     # Adam divides by the gradient's own size: parameters differ by more than the gradients do.
     assert_same(run(objective, pieces=4), run(objective), atol=2e-5)
+
+
+WITH_ALL = Terms(
+    reward_scale=1.5, kl_anchor=0.1, weight_cap=2.0, position_gamma=1.0, ratio_clip=0.2
+)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize(
+    "objective",
+    [*OBJECTIVES, Objective("sampled", WITH_ALL), Objective("topk", WITH_ALL)],
+    ids=["sft", "sampled", "topk", "sampled with all terms", "topk without tail, with all terms"],
+)
+def test_logits_that_nobody_reads_can_be_left_out(objective, pieces, monkeypatch):
+    model, params = tiny()
+    batch = ragged_batch()
+
+    def found():
+        def both(params, batch):
+            return gradients(model, objective, params, batch, pieces)
+
+        given = jax.tree.leaves((params, batch))
+        operations = count_flops(jax.make_jaxpr(both)(params, batch), given)
+        return operations, jax.jit(both)(params, batch)
+
+    all_operations, every = found()
+    monkeypatch.setattr(needed, "FEWEST", 1)
+    monkeypatch.setattr(needed, "LEAST", 1)
+    operations, some = found()
+    assert operations < all_operations
+    for got, want in zip(jax.tree.leaves(some), jax.tree.leaves(every), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.exact
