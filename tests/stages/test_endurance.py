@@ -68,7 +68,9 @@ def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
     for part in ("inputs", "outputs", "counts"):
         assert record(killed)[part] == record(straight)[part]
     saves = re.findall(r"opd_jax: SIGTERM: step (\d+) is saved in .*; the same command goes", log)
-    whole = [end["saved"] for end in ends if end["code"] == 143 and end["after_step"]]
+    # The state of the last step is saved by the training itself.
+    whole = {end["saved"] for end in ends if end["code"] == 143 and end["after_step"]} - {60}
+    assert len(whole) > 4
     assert set(map(str, whole)) <= set(saves)
     counted = sum(end["seconds"] for end in ends if end["code"] == 143)
     everything = sum(end["seconds"] for end in ends) + told["last"]
