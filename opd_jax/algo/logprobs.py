@@ -87,7 +87,7 @@ def chosen_logprobs(
     front = to_the_front(needed_bt, head_vd, mesh)
     if front is None:
         return ChosenLogprobs(*chosen(hidden_btd, head_vd, ids_bts, None, plan))
-    found = chosen(front.take(hidden_btd), head_vd, front.take(ids_bts), front.count, plan)
+    found = chosen(front.take(hidden_btd), head_vd, front.take(ids_bts), front.number, plan)
     return ChosenLogprobs(*(front.give_back(x) for x in found))
 
 
@@ -119,7 +119,7 @@ class _Saved(NamedTuple):
     hidden_btd: jax.Array
     head_vd: jax.Array  # cast
     ids_bts: jax.Array
-    count: jax.Array | None  # of the positions that are needed, if they come first
+    number: jax.Array | None  # of the positions that are needed, if they come first
     lse_bt: jax.Array
     like: jax.Array  # empty, of the parameter's dtype
     logits: _Blocks
@@ -173,7 +173,7 @@ def _chosen_bwd(
         return _longer(hidden_btd, 1, t), head_vd
 
     ways = 1 if plan.mesh is None else axis_size(plan.mesh, "time")
-    found = over_the_first(saved.count, t, of_first)
+    found = over_the_first(saved.number, t, of_first)
     hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, found, ways)
     return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None, None
 

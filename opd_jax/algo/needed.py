@@ -30,7 +30,7 @@ class Front(NamedTuple):
     order_t: jax.Array  # int32
 
     @property
-    def count(self) -> jax.Array:
+    def number(self) -> jax.Array:
         """How many are needed: an int32 scalar."""
         return jnp.sum(self.needed_bt, dtype=jnp.int32)
 
