@@ -1,8 +1,8 @@
 """Positions whose log-probs nobody reads, prompts and padding: the head leaves most of them out.
 
-The others are moved to the front, and the products run over the first `n` positions, the smallest
-of a few fixed numbers that holds them: shapes are compiled. Only on one CPU, where a step is bound
-by its products, and for a head large enough to be worth it.
+Those that are read are moved to the front, and the products run over the first `n` positions, `n`
+the smallest of a few fixed numbers that holds them: shapes are compiled. Only on one CPU, where a
+step is bound by its products, and for a head large enough to be worth it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from opd_jax.core.mesh import is_one_cpu
 
 T = TypeVar("T")
-FEWEST = 256  # positions, and below
-LEAST = 2**20  # entries of the head: with fewer, a choice is not worth its compilation
+FEWEST = 256  # positions
+LEAST = 2**20  # entries of the head: with fewer of either, a choice is not worth its compilation
 EIGHTHS = (4, 5, 6, 7, 8)
 MULTIPLE = 16
 
