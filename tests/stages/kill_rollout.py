@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 KILLS, EARLY, SEED, LIMIT_SECONDS = 20, 3, 11, 120
+SECONDS_OF_A_COMMIT = 0.06  # roughly: a kill falls anywhere between two commits
 SETTINGS = (
     *("prompts.opd_limit=100", "rollout.samples_per_prompt=8"),
     *("rollout.slots=8", "rollout.max_new_tokens=40"),  # so short that samples share their prompts
@@ -67,10 +68,10 @@ def records_of(commit):
     return json.loads(commit.read_text())["records"]
 
 
-def await_more(pid, what):
-    """Wait until a process has made a number larger."""
-    before, deadline = what(), time.monotonic() + LIMIT_SECONDS
-    while what() == before:
+def await_count(pid, what, least):
+    """Wait until a process has made a number this large."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while what() < least:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended before it began to sample"
         assert time.monotonic() < deadline, "never began to sample"
         time.sleep(0.002)
@@ -79,13 +80,13 @@ def await_more(pid, what):
 def await_commit(pid, run_dir):
     """Wait until a process commits its first records; returns how many seconds that took."""
     began = time.monotonic()
-    await_more(pid, lambda: commits(run_dir))
+    await_count(pid, lambda: commits(run_dir), commits(run_dir) + 1)
     return time.monotonic() - began
 
 
 def kill_at_the_end(pid, run_dir, total):
     """Kill a process as soon as all records are committed: it has not said so yet."""
-    await_more(pid, lambda: committed_records(run_dir) == total)
+    await_count(pid, lambda: committed_records(run_dir), total)
     kept = kill(pid, run_dir)
     assert not (run_dir / "stages" / "rollout.json").exists(), "over before the kill"
     return kept
@@ -106,23 +107,23 @@ def main(folder):
     before, rollout = ((*SETTINGS, "--stages", names) for names in ("answer,sft", "rollout"))
     finish(fork(folder, straight, *before))
     shutil.copytree(straight, killed)
-    pid = fork(folder, straight, *rollout)
-    await_commit(pid, straight)
-    started = time.monotonic()
-    finish(pid)
-    # All kills together leave a fifth of the sampling to the last process, at the very least.
-    longest = (time.monotonic() - started) / (KILLS + 5)
+    finish(fork(folder, straight, *rollout))
+    total = committed_records(straight)
+    # Counted in records, so that no change of the machine's speed lets a process come to the end.
+    most = total // KILLS  # half of it on average
     moments, kept, early = random.Random(SEED), [], []
     for number in range(KILLS):
         pid = fork(folder, killed, *rollout)
         starting = await_commit(pid, killed)
-        time.sleep(moments.uniform(0, longest))
+        more = committed_records(killed) + moments.randrange(most)
+        await_count(pid, lambda: committed_records(killed), more)
+        time.sleep(moments.uniform(0, SECONDS_OF_A_COMMIT))
         kept.append(kill(pid, killed))
         if number < EARLY:
             pid = fork(folder, killed, *rollout)
             time.sleep(moments.uniform(0, starting))
             early.append((kept[-1], kill(pid, killed)))
-    last = kill_at_the_end(fork(folder, killed, *rollout), killed, committed_records(straight))
+    last = kill_at_the_end(fork(folder, killed, *rollout), killed, total)
     finish(fork(folder, killed, *rollout))
     print(json.dumps({"commits": kept, "early": early, "last": last}))
 
