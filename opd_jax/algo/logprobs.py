@@ -301,6 +301,8 @@ def _normaliser_grads(
     """
     t = grad_bt.shape[1]
     hidden_btd, lse_bt, head_vd = saved.hidden_btd[:, :t], saved.lse_bt[:, :t], saved.head_vd
+    grad_bt1 = grad_bt[..., None]  # times rows of d numbers: there are fewer than of v
+    scaled_btd = (hidden_btd * grad_bt1).astype(hidden_btd.dtype)
 
     def body(
         head_ncd: jax.Array, start: Any, carry: tuple[jax.Array, ...], kept: jax.Array | None
@@ -310,13 +312,12 @@ def _normaliser_grads(
             logits_ncbt = _block_logits(hidden_btd, head_ncd, start, plan)
         else:
             logits_ncbt = kept[..., :t]
-        prob_ncbt = jnp.exp(logits_ncbt - lse_bt[None, None])
-        logit_grad = (prob_ncbt * grad_bt[None, None]).astype(hidden_btd.dtype)
+        prob_ncbt = jnp.exp(logits_ncbt - lse_bt[None, None]).astype(hidden_btd.dtype)
         hidden_grad_nbtd += jnp.einsum(
-            "ncbt,ncd->nbtd", logit_grad, head_ncd, preferred_element_type=jnp.float32
+            "ncbt,ncd->nbtd", prob_ncbt, head_ncd, preferred_element_type=jnp.float32
         )
         block = jnp.einsum(
-            "ncbt,btd->ncd", logit_grad, hidden_btd, preferred_element_type=jnp.float32
+            "ncbt,btd->ncd", prob_ncbt, scaled_btd, preferred_element_type=jnp.float32
         )
         block = _as_parameter(block, plan)
         head_grad_nvd = jax.lax.dynamic_update_slice_in_dim(head_grad_nvd, block, start, axis=1)
@@ -328,7 +329,7 @@ def _normaliser_grads(
         _as_parameter(jnp.zeros((plan.shards, plan.size, d), jnp.float32), plan),
     )
     (hidden_grad, head_grad), _ = _over_vocabulary(head_vd, plan, body, zeros, saved.logits)
-    return jnp.sum(hidden_grad, axis=0), head_grad.reshape(v, d)
+    return jnp.sum(hidden_grad, axis=0) * grad_bt1, head_grad.reshape(v, d)
 
 
 _chosen.defvjp(_chosen_fwd, _chosen_bwd)
