@@ -1,4 +1,7 @@
-"""The fastest a device multiplies matrices: what model FLOPs utilisation is measured against."""
+"""What a device can do at most: how fast it multiplies matrices, and how much it can hold.
+
+Model FLOPs utilisation is measured against the first.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,16 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 """Dense bfloat16 products, FLOP/s a device, by the start of its kind; from the vendors' data."""
+TPU_MEMORY = {
+    "TPU v4": 32 * 2**30,
+    "TPU v5 lite": 16 * 2**30,
+    "TPU v5e": 16 * 2**30,
+    "TPU v5": 95 * 2**30,
+    "TPU v5p": 95 * 2**30,
+    "TPU v6 lite": 32 * 2**30,
+    "TPU v6e": 32 * 2**30,
+}
+"""Bytes of a chip, by its kind; from Google Cloud's pages."""
 SIZE, ROUNDS = 1536, 3
 
 

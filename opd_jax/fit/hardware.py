@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from opd_jax.core.peak import TPU_MEMORY
+
 GIB = 2**30
 RESERVE = 0.05
 """Share of a device's memory left to the runtime, communication buffers and fragmentation."""
@@ -60,11 +62,15 @@ def _nvidia(kind: str, memory: int, bandwidth: float, link: float, network: floa
     return Device(kind, memory, bandwidth, link, network, 8, host)
 
 
+def _tpu(kind: str, bandwidth: float, link: float, network: float, host: float = 1.6e10) -> Device:
+    return Device(kind, TPU_MEMORY[kind], bandwidth, link, network, host=host)
+
+
 TPUS = {
-    "v4": Device("TPU v4", 32 * GIB, 1.228e12, 9e10, 6.25e9),
-    "v5e": Device("TPU v5 lite", 16 * GIB, 8.19e11, 9e10, 3.125e9),
-    "v5p": Device("TPU v5", 95 * GIB, 2.765e12, 1.8e11, 6.25e9),
-    "v6e": Device("TPU v6 lite", 32 * GIB, 1.638e12, 1.8e11, 1.25e10, host=3.2e10),
+    "v4": _tpu("TPU v4", 1.228e12, 9e10, 6.25e9),
+    "v5e": _tpu("TPU v5 lite", 8.19e11, 9e10, 3.125e9),
+    "v5p": _tpu("TPU v5", 2.765e12, 1.8e11, 6.25e9),
+    "v6e": _tpu("TPU v6 lite", 1.638e12, 1.8e11, 1.25e10, host=3.2e10),
 }
 _A100_40 = Card(
     _nvidia("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1.5552e12, 3e11, 2.5e10),

@@ -96,8 +96,33 @@ def test_a_mixtures_experts_go_to_the_devices_of_a_node(tmp_path):
     assert choices(config, jax.devices(), 2) == [MeshConfig(fsdp=2, expert=2), MeshConfig(fsdp=4)]
     many = config_with(tmp_path, f"model.teacher={tmp_path}", **sizes | {"num_experts": 16})
     assert choices(many, nodes(2), 1) == [MeshConfig(fsdp=2, expert=8)]
-    assert choices(many, slices(1, (4, 4, 1)), 1) == [MeshConfig(fsdp=16)]
+    tpus = slices(1, (4, 4, 1), "of no known memory")
+    assert choices(many, tpus, 1) == [MeshConfig(fsdp=16)]
     dense = config_with(tmp_path)
     assert choices(dense, jax.devices(), 1) == [MeshConfig(fsdp=4)]
     # Across nodes a copy in each is worth a look, on slices of a TPU it is settled before.
     assert choices(dense, nodes(2), 2) == [MeshConfig(fsdp=16), MeshConfig(data=2, fsdp=8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sides", "chosen"),
+    [
+        ("TPU v5", (2, 2, 2), MeshConfig(fsdp=8)),
+        ("TPU v5", (2, 2, 4), MeshConfig(fsdp=16)),
+        ("TPU v5", (4, 4, 4), MeshConfig(data=4, fsdp=16)),
+        ("TPU v5 lite", (8, 8, 1), MeshConfig(fsdp=64)),
+        ("TPU v5 lite", (8, 16, 1), MeshConfig(fsdp=128)),
+        ("TPU v5 lite", (16, 16, 1), MeshConfig(data=2, fsdp=128)),
+        ("TPU of tomorrow", (4, 4, 4), MeshConfig(fsdp=64)),
+    ],
+)
+def test_a_state_that_is_small_in_memory_is_not_cut_further(tmp_path, kind, sides, chosen):
+    """8 billion parameters, 16 bytes each: a tenth of 95 GiB on 13 devices, of 16 GiB on 77."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    sizes |= {"vocab_size": 151936, "tie_word_embeddings": False}
+    words = ("model.teacher=nowhere", "sft.batch_size=512", "train.runs.opd.batch_size=512")
+    config = config_with(tmp_path, *words, **sizes)
+    assert choices(config, slices(1, sides, kind), 1) == [chosen]
+    two = choices(config, slices(2, sides, kind), 1)
+    assert two == [chosen.model_copy(update={"data": 2 * chosen.data})]
