@@ -142,9 +142,9 @@ class RefreshConfig(Frozen):
 
 NOT_OF_SFT = (
     *("objective", "support", "tail", "tau", "average", "row_tokens", "weight_cap", "guard"),
-    *("position_gamma", "kl_anchor"),
+    *("position_gamma", "kl_anchor", "heldout"),
 )
-"""Options of a run that the control does not have: its rows are those of `sft`."""
+"""Options of a run that the control does not have: its rows, and those kept out, are `sft`'s."""
 
 
 class TrainRun(LoopConfig):

@@ -2,19 +2,21 @@
 
 The file is only appended to and flushed line by line, so a kill costs at most a torn last line,
 which the next writer takes away. A resumed run drops its own lines from its first step on, and an
-evaluation that it makes anew: nothing appears twice.
+evaluation that it makes anew, with its first line: nothing appears twice, and a run that ends
+before it has a line leaves those of an earlier one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from opd_jax.core.rng import stable_hash
 from opd_jax.errors import ConfigError, DataError, unwritable
@@ -48,11 +50,12 @@ class MetricsWriter:
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
-        _drop_steps(path, stage, run, start_step, again)
+        self._drop = functools.partial(_drop_steps, path, stage, run, start_step, again)
+        self._path = path
+        self._file: TextIO | None = None
         folder = path.parent / "tensorboard" / stage / run
         self._board = _open_board(folder, start_step) if tensorboard else None
         self._wandb = None if wandb is None else _open_wandb(path.parent, wandb, f"{stage}.{run}")
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line. Values are scalars of any kind; one that is not finite is written as null.
@@ -64,10 +67,14 @@ class MetricsWriter:
         finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
         line = {"stage": self.stage, "run": self.run, "step": int(step), **finite}
         try:
+            if self._file is None:
+                self._drop()
+                self._file = self._path.open("a", encoding="utf-8")
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise unwritable(self._file.name, error) from error
+            path = self._path if self._file is None else self._file.name
+            raise unwritable(path, error) from error
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, int(step))
@@ -76,8 +83,9 @@ class MetricsWriter:
             self._wandb.log({"step": int(step), **figures})
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a line whose write has failed
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a line whose write has failed
+                self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

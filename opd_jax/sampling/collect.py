@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -107,6 +107,18 @@ def collect(
                 raise Preempted("SIGTERM")
     barrier("collected")
     done()  # every process sees what all have written, and can freeze it
+
+
+def until_told(finished: Iterable[list[Sample]]) -> Iterator[Sample]:
+    """What every decode round finished, in memory alone.
+
+    Raises:
+        Preempted: SIGTERM came to one of several processes.
+    """
+    for samples in finished:
+        yield from samples
+        if told():
+            raise Preempted("SIGTERM")
 
 
 def to_record(sample: Sample) -> Record:

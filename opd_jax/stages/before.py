@@ -9,6 +9,7 @@ from opd_jax.config_train import LoopConfig, TrainRun
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.model.lora import Adapters
 from opd_jax.stages.context import ROLES, RunContext, Split
+from opd_jax.stages.watching import check_judged
 from opd_jax.train.jobs import loops_of
 
 
@@ -26,8 +27,10 @@ def check_inputs(ctx: RunContext, kinds: set[str]) -> None:
         _check_enough(_fitting(ctx, "sft", config.answer), config.answer, {"sft": config.sft})
     if kinds & {"rollout", "train"}:
         runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
-        stored = {key: run for key, run in runs.items() if run.algorithm == "lightning_opd"}
-        _check_enough(_fitting(ctx, "opd", config.rollout), config.rollout, stored)
+        sampled = {key: run for key, run in runs.items() if run.algorithm != "sft"}
+        _check_enough(_fitting(ctx, "opd", config.rollout), config.rollout, sampled)
+        for key, run in runs.items() if "train" in kinds else ():
+            check_judged(ctx, key, run)
     if "evaluate" in kinds:
         _fitting(ctx, "eval", config.evaluate)
         _check_answers(ctx)

@@ -91,11 +91,15 @@ def run(
         store = f"store {config.store}, " if config.store else ""
         say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices(ctx.mesh)}")
         check_inputs(ctx, {name.split(".")[0] for name in chosen})
+        if share is None:
+            ctx.records.redo(forced)
         for stage in all_stages:
             barrier(stage.name)
             if stage.name in chosen:
-                _run_stage(ctx, stage, forced=stage.name in forced)
+                _run_stage(ctx, stage, forced)
                 ctx.release_models()
+        if share is None:
+            ctx.records.redo([])
         if share is None:
             _report(ctx, names, tables=stages is None or "report" in stages)
 
@@ -154,10 +158,13 @@ def _select(names: Sequence[str], wanted: Sequence[str] | None, flag: str) -> li
     return [name for name in names if name in wanted or name.split(".")[0] in wanted]
 
 
-def _run_stage(ctx: RunContext, stage: Stage, *, forced: bool) -> None:
+def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
     inputs, written = stage.inputs(), [*stage.artefacts(), *stage.extras()]
-    if forced:
-        ctx.records.set_aside(stage.name, written)
+    if stage.name in forced:
+        if not ctx.records.is_redone(stage.name, inputs, forced):
+            ctx.records.set_aside(stage.name, written, inputs)
+        elif ctx.records.done(stage.name) is None:
+            say(stage_line(stage.name, "goes on: --force has begun it anew before"))
         barrier(f"aside {stage.name}")
     here = all(exists(artefact) for artefact in stage.artefacts())
     if not here and not any(exists(artefact) for artefact in written):

@@ -1,7 +1,9 @@
 """What is known of a stage on disk: what it was started with, what it cost, how it ended.
 
 `stages/NAME.json` is written last. `stages/NAME.started.json` holds the inputs of a stage that is
-under way and what it took so far, earlier, interrupted tries included.
+under way and what it took so far, earlier, interrupted tries included. `stages/forced.json` is
+there while a command with `--force` is not done: which stages it redoes, and with which inputs it
+has begun to. Given again, it goes on.
 """
 
 from __future__ import annotations
@@ -174,10 +176,42 @@ class StageRecords:
         write_json(self._final(name), record)
         self.drop_started(name)
 
-    def set_aside(self, name: str, artefacts: Sequence[Artefact]) -> None:
+    def redo(self, names: Sequence[str]) -> None:
+        """Note which stages a command redoes, unless it is the one that is under way; or none."""
+        if not is_first():
+            return
+        if not names:
+            self._forced.unlink(missing_ok=True)
+        elif self._begun(names) is None:
+            write_json(self._forced, {"stages": list(names), "begun": {}})
+
+    def is_redone(self, name: str, inputs: Json, names: Sequence[str]) -> bool:
+        """Whether the command that redoes these stages has begun this one, with these inputs."""
+        begun = (self._begun(names) or {}).get(name)
+        return begun is not None and begun == json.loads(json.dumps(inputs))
+
+    @property
+    def _forced(self) -> Path:
+        return self.folder / "forced.json"
+
+    def _begun(self, names: Sequence[str]) -> Json | None:
+        """Inputs of what an unfinished command with these stages has begun; `None`: no such one."""
+        known = read_json(self._forced)
+        return known["begun"] if known is not None and known["stages"] == list(names) else None
+
+    def _note_begun(self, name: str, inputs: Json | None) -> None:
+        if (known := read_json(self._forced)) is not None:
+            known["begun"].pop(name, None)
+            write_json(
+                self._forced,
+                known if inputs is None else known | {"begun": known["begun"] | {name: inputs}},
+            )
+
+    def set_aside(self, name: str, artefacts: Sequence[Artefact], inputs: Json) -> None:
         """Put away what a stage wrote, and then its record, until the stage is complete again.
 
-        An object store cannot rename: what lies there is removed, after the stage's record.
+        What is put away already is what was complete: an unfinished try after it is removed. An
+        object store cannot rename: what lies there is removed, after the stage's record.
         """
         if not is_first():
             return
@@ -188,10 +222,12 @@ class StageRecords:
         for store in stores:
             store.remove()
         for path in self._local(name, artefacts):
-            if path.exists():
-                _remove(_aside(path))
+            if path.exists() and _aside(path).exists():
+                _remove(path)
+            elif path.exists():
                 path.rename(_aside(path))
         self.drop_started(name)
+        self._note_begun(name, inputs)
 
     def _local(self, name: str, artefacts: Sequence[Artefact]) -> list[Path]:
         """A stage's folders on this machine, and its record."""
@@ -209,6 +245,7 @@ class StageRecords:
                 _remove(path)
                 _aside(path).rename(path)
                 self._started(name).unlink(missing_ok=True)
+        self._note_begun(name, None)
 
     def drop_aside(self, name: str, artefacts: Sequence[Artefact]) -> None:
         """Remove what `set_aside` put away."""

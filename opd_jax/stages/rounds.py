@@ -22,8 +22,8 @@ from opd_jax.stages.records import Json
 from opd_jax.stages.watching import rollout_probe
 from opd_jax.teacher.consistency import check_same_model, recorded
 from opd_jax.teacher.summary import lines, summarize
+from opd_jax.train.batch_source import NextBatch, Source
 from opd_jax.train.guard import Figures
-from opd_jax.train.loop import NextBatch, Source
 from opd_jax.train.probes import Probe
 from opd_jax.train.rounds import PromptPlan, Rounds
 from opd_jax.train.sources import Packing, name_of, rollout_source

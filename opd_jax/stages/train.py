@@ -23,7 +23,7 @@ from opd_jax.teacher.consistency import (
     recorded,
 )
 from opd_jax.teacher.score import Scorer
-from opd_jax.train.guard import Guard
+from opd_jax.train.guard import REFRESH, REMEDY, Guard
 from opd_jax.train.jobs import objective_of
 from opd_jax.train.probes import Probe, held_out
 from opd_jax.train.rounds import Rounds
@@ -142,7 +142,8 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
         check_same_model(live, scored, "the teacher of the scores", where, "score")
         teacher = Scorer(*ctx.model("teacher"), batch_tokens=ctx.config.score.batch_tokens)
     fresh = fresh_probe(ctx, config, [snapshot.keys[i][0] for i in kept], teacher)
-    guard = Guard(config.guard, limited=config.objective == "sampled")
+    remedy = REFRESH if config.refresh is None else REMEDY
+    guard = Guard(config.guard, limited=config.objective == "sampled", remedy=remedy)
     prepared = Prepared(source, [*probes, *([fresh] if fresh else [])], guard, rounds=rounds)
     return prepared, {**lineage, "rollouts": snapshot.hash}
 

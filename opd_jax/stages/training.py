@@ -9,19 +9,21 @@ from typing import NamedTuple
 
 import jax
 
-from opd_jax.config_train import LoopConfig
+from opd_jax.config_train import LoopConfig, SFTConfig
 from opd_jax.core.distributed import barrier, is_first
 from opd_jax.core.lineage import Identity, fingerprint_json
 from opd_jax.core.metrics import EVALUATED, MetricsWriter
 from opd_jax.core.progress import StageProgress, say, stage_line
 from opd_jax.data.store import open_store
 from opd_jax.data.store_snapshot import Snapshot
+from opd_jax.errors import ConfigError
 from opd_jax.model.transformer import Params
 from opd_jax.stages.context import RunContext
 from opd_jax.stages.records import Json
 from opd_jax.train import checkpoint
+from opd_jax.train.batch_source import Source
 from opd_jax.train.guard import JUDGES, Figures, Guard, Saturation
-from opd_jax.train.loop import Source, TrainJob, is_evaluated, run_training
+from opd_jax.train.loop import TrainJob, is_evaluated, run_training
 from opd_jax.train.probes import AnswerProbe, Probe, held_out
 from opd_jax.train.rounds import Rounds
 from opd_jax.train.sources import sft_source
@@ -174,7 +176,13 @@ def prepare_answers(ctx: RunContext, loop: LoopConfig, needed_by: str, stream: s
     rows = ctx.config.sft.row_tokens
     source = sft_source(snapshot, members, rows, loop, ctx.seed(stream), ctx.mesh)
     if not kept:
+        if isinstance(loop, SFTConfig) and loop.stop_when_saturated:
+            raise ConfigError(
+                f"sft.stop_when_saturated needs held-out answers, and there are none: sft.heldout "
+                f"is {loop.heldout}, and a tenth of the answers holds no whole prompt; "
+                "raise it, take more prompts, or leave that key out"
+            )
         return Prepared(source, [])
     records, tokens = snapshot.read_many(kept), ctx.config.score.batch_tokens
     probe = AnswerProbe(ctx.program("student"), records, tokens)
-    return Prepared(source, [probe], saturation=Saturation.of(loop))
+    return Prepared(source, [probe], saturation=Saturation.of(loop, ctx.config.sft))

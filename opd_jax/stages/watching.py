@@ -30,21 +30,48 @@ def tell_if_unwatched(stage: str, run: TrainRun, kept: Sequence[int]) -> None:
     """
     if kept:
         return
-    drift = run.refresh is not None and run.refresh.on_drift
+    why = f"heldout is {run.heldout}, and a tenth of the records holds no whole prompt"
+    for key in _left_to_evaluations(run):
+        raise ConfigError(
+            f"{stage}: {key} needs held-out records, and there are none: {why}; raise it, take "
+            "more prompts, or leave that key out"
+        )
+    if run.heldout:
+        say(stage_line(stage, f"WARNING: nothing is held out, so nothing is evaluated: {why}"))
+
+
+def _left_to_evaluations(run: TrainRun) -> list[str]:
+    """What a run asks for that its evaluations decide."""
     asks = {
         "guard.action=stop": run.guard.action == "stop",
         "guard.final=best": run.guard.final == "best",
-        "refresh.on_drift": drift,
+        "refresh.on_drift": run.refresh is not None and run.refresh.on_drift,
     }
-    why = f"heldout is {run.heldout}, and a tenth of the records holds no whole prompt"
-    for key, asked in asks.items():
-        if asked:
-            raise ConfigError(
-                f"{stage}: {key} needs held-out records, and there are none: {why}; raise it, take "
-                "more prompts, or leave that key out"
-            )
-    if run.heldout:
-        say(stage_line(stage, f"WARNING: nothing is held out, so nothing is evaluated: {why}"))
+    return [key for key, asked in asks.items() if asked]
+
+
+def check_judged(ctx: RunContext, key: str, run: TrainRun) -> None:
+    """Raises ConfigError if evaluations of a run at this key could not decide what is left to them.
+
+    Stored rollouts tell of drift, which is a danger to the sampled-token objective alone; all else
+    takes fresh samples that are graded or scored.
+    """
+    drifts = run.algorithm == "lightning_opd" and run.objective == "sampled"
+    asked = _left_to_evaluations(run)
+    if drifts or not asked:
+        return
+    scored = run.algorithm == "opd" or run.guard.teacher
+    graded = ctx.config.evaluate.grader != "none" and any(
+        prompt.answer is not None for prompt in ctx.prompts("opd")
+    )
+    if run.guard.fresh and (scored or graded):
+        return
+    needs = "guard.fresh" if scored or graded else "guard.teacher=true, or prompts with answers and"
+    raise ConfigError(
+        f"{key}: {asked[0]} needs something that judges, for {run.algorithm} with objective "
+        f"'{run.objective}' fresh samples that are scored or graded; set {needs}"
+        f"{'' if scored or graded else ' evaluate.grader'}, or leave that key out"
+    )
 
 
 def rollout_probe(
@@ -86,10 +113,11 @@ def fresh_probe(
     )
     answers = {prompt.id: prompt.answer for prompt in ctx.prompts("opd") if prompt.id in names}
     kind = ctx.config.evaluate.grader
-    gradable = kind != "none" and None not in answers.values()
+    gradable = kind != "none" and any(answer is not None for answer in answers.values())
 
-    def right(record: Record) -> bool:
-        return grade(kind, thought_and_answer(ctx, record), answers[record.prompt_id])
+    def right(record: Record) -> bool | None:
+        answer = answers[record.prompt_id]
+        return None if answer is None else grade(kind, thought_and_answer(ctx, record), answer)
 
     tokenizer = ctx.tokenizer("student")
     return FreshProbe(

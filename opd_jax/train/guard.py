@@ -7,6 +7,7 @@ then is whether it still is where its rollouts tell about it; there, more steps 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +23,9 @@ LIMITED = (
     ("heldout_token_log_w", "token_log_w", -1, "mean log W per token of held-out rollouts"),
 )
 """Figures of drift with their limits in the config; 1: larger ones are beyond it."""
-REMEDY = "lower optim.learning_rate, train fewer steps, or sample anew with refresh.every"
+REMEDY = "lower optim.learning_rate, or train fewer steps"
+REFRESH = "lower optim.learning_rate, train fewer steps, or sample anew with refresh.every"
+"""Where a run may: it trains on stored rollouts, and does not draw new ones yet."""
 
 
 class Verdict(NamedTuple):
@@ -45,6 +48,7 @@ class Guard:
         warned: how many evaluations in a row had a warning.
         limited: whether drift is a danger, as it is for the sampled-token objective. One that knows
             the teacher's distribution finds its way far from its rollouts (docs/method.md).
+        remedy: what to do about it, for warnings.
     """
 
     config: GuardConfig
@@ -53,6 +57,7 @@ class Guard:
     warned: int = 0
     limited: bool = True
     peak: Figures = field(default_factory=dict)
+    remedy: str = REMEDY
 
     def look(self, steps: int, figures: Figures) -> Verdict:
         """Judge the figures after `steps` steps."""
@@ -86,7 +91,7 @@ class Guard:
             return []
         return [
             f"{what} is {figures[name]:.3f}, beyond {limit:g}: the student samples them no more; "
-            f"{REMEDY}"
+            f"{self.remedy}"
             for name, key, sign, what in LIMITED
             if name in figures and sign * (figures[name] - (limit := getattr(self.config, key))) > 0
         ]
@@ -120,7 +125,7 @@ class Guard:
             if change < -_noise(name, figures, self.first):
                 found.append(
                     f"{name} is {figures[name]:.3f}, worse than {self.first[name]:.3f} before "
-                    f"training; {REMEDY}"
+                    f"training; {self.remedy}"
                 )
         return found
 
@@ -136,16 +141,14 @@ class Guard:
         kept = {"first": self.first, "best": self.best, "warned": self.warned}
         return {**kept, "peak": self.peak}
 
-    @staticmethod
-    def restored(
-        config: GuardConfig, state: dict[str, Any] | None, *, limited: bool = True
-    ) -> Guard:
-        """The guard of a checkpoint; a new one without."""
+    def restored(self, state: dict[str, Any] | None) -> Guard:
+        """The same guard as a checkpoint has it; a new one without."""
         if state is None:
-            return Guard(config, limited=limited)
+            return Guard(self.config, limited=self.limited, remedy=self.remedy)
         best = state["best"]
         found = None if best is None else (dict(best[0]), int(best[1]))
-        return Guard(config, state["first"], found, state["warned"], limited, state["peak"])
+        own = {name: state[name] for name in ("first", "warned", "peak")}
+        return dataclasses.replace(self, best=found, **own)
 
 
 def finite(figures: Figures) -> Figures:
@@ -175,10 +178,9 @@ class Saturation:
     gaps: list[float] = field(default_factory=list)
 
     @staticmethod
-    def of(loop: LoopConfig) -> Saturation:
-        """As an SFT run asks for it; a control that continues SFT is only told."""
-        config = loop if isinstance(loop, SFTConfig) else SFTConfig()
-        return Saturation(config.saturation, config.stop_when_saturated)
+    def of(loop: LoopConfig, sft: SFTConfig) -> Saturation:
+        """As SFT asks for it; a control that continues SFT is only told."""
+        return Saturation(sft.saturation, sft.stop_when_saturated and isinstance(loop, SFTConfig))
 
     def look(self, gap: float) -> str | None:
         """A line to print at the first of three evaluations in a row that are flat."""

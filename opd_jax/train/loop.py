@@ -25,6 +25,7 @@ from opd_jax.errors import DataError, Preempted
 from opd_jax.model.lora import Adapters
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.train import checkpoint
+from opd_jax.train.batch_source import Source
 from opd_jax.train.checkpoint import Saver
 from opd_jax.train.meter import Load, Meter
 from opd_jax.train.optimizer import learning_rate, make_optimizer, result_of
@@ -33,27 +34,6 @@ from opd_jax.train.watch import Watch
 
 SHOWN_NAMES = 3  # of the records of a step that is not finite
 MOST_SKIPPED = 10  # steps in a row without a finite loss: it will not get better
-
-NextBatch = Callable[[int, Callable[[], Params]], Any]
-"""(step, current) -> host batch; `current()` gives the parameters of that step, which cost
-something to make where only adapters are trained."""
-
-
-class Source(NamedTuple):
-    """Where batches come from: what step s gets does not depend on where a run started.
-
-    Attributes:
-        start: from the step to start at to the batches from there on.
-        pieces: into how many micro-batches a step cuts each.
-        stride: a run can only be resumed at a multiple of so many steps.
-        names: the records that a step takes, for messages.
-    """
-
-    start: Callable[[int], NextBatch]
-    pieces: int = 1
-    stride: int = 1
-    names: Callable[[int], list[str]] | None = None
-
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -196,6 +176,8 @@ class _Run:
     def draw(self, step: int, current: Callable[[], Params], notice: Preemption) -> Any | None:
         """The step's batch; `None`: SIGTERM came. What rollouts take, minutes, can be given up."""
         self.trace.step()
+        if self._source.draws and self._at_rest(step):
+            self.flush()  # what a draw takes belongs to the step that it is for
         start = time.monotonic()
 
         def ready() -> Params:  # the step before is no part of the wait

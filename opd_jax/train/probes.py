@@ -89,7 +89,7 @@ class FreshProbe:
     The same seed each time: two evaluations differ by the student, not by the draw.
 
     Attributes:
-        grade: whether a response is right; `None`: there is nothing to grade with.
+        grade: whether a response is right, of one that can be graded; `None`: none can.
         teacher: `None` where no teacher is loaded.
     """
 
@@ -100,7 +100,7 @@ class FreshProbe:
     seed: int
     text: Text | None
     """What to look for stop strings in."""
-    grade: Callable[[Record], bool] | None = None
+    grade: Callable[[Record], bool | None] | None = None
     teacher: Scorer | None = None
     _plan: Plan | None = field(default=None, init=False)
 
@@ -111,8 +111,10 @@ class FreshProbe:
         tokens = sum(len(record.response_ids) for record in records)
         figures = {"fresh_tokens": tokens / n, "fresh_truncated": cut / n}
         if self.grade is not None:
-            right = [self.grade(record) for record in records]
-            figures |= _with_error("fresh_accuracy", accuracy_estimate(right, clusters))
+            graded = [(record.prompt_id, self.grade(record)) for record in records]
+            known = [(name, right) for name, right in graded if right is not None]
+            names, right = [name for name, _ in known], [right for _, right in known]
+            figures |= _with_error("fresh_accuracy", accuracy_estimate(right, names))
         if self.teacher is not None:
             longest = max(len(ids) for _, ids in self.prompts) + self.sampling.max_new_tokens
             length = bucket_length(longest - 1, self.teacher.parts)

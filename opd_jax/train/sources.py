@@ -30,12 +30,12 @@ from opd_jax.data.store_pass import TeacherPass
 from opd_jax.data.store_snapshot import Snapshot
 from opd_jax.errors import ConfigError
 from opd_jax.model.transformer import LanguageModel, Params
-from opd_jax.sampling.collect import requests_for, to_record
+from opd_jax.sampling.collect import requests_for, to_record, until_told
 from opd_jax.sampling.queue import Request
-from opd_jax.sampling.sampler import Plan, SamplingJob, generate, plan_for
+from opd_jax.sampling.sampler import Plan, SamplingJob, plan_for, rounds
 from opd_jax.sampling.stops import Text
 from opd_jax.teacher.score import Scorer
-from opd_jax.train.loop import NextBatch, Source
+from opd_jax.train.batch_source import NextBatch, Source
 
 S = TypeVar("S")
 
@@ -292,7 +292,7 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         job = SamplingJob(live.model, params, sampling, live.end_ids, live.seed, live.text)
         nonlocal plan  # one for all steps, whichever prompts they have: nothing compiles again
         plan = plan or plan_for(job, everything, together=False)
-        samples = generate(job, requests, plan)
+        samples = until_told(rounds(job, requests, plan))
         done = {(s.request.prompt_id, s.request.sample_index): to_record(s) for s in samples}
         records = [done[request.prompt_id, request.sample_index] for request in requests]
         scores = live.scorer.score_all(records, packing.row_tokens)
@@ -310,7 +310,7 @@ def online_source(live: LiveTeacher, run: TrainRun, packing: Packing) -> Source:
         return packing.batch(rows, scored, packing.shape_within(len(rows), run.batch_size))
 
     pieces = packing.shape(run.batch_size)[0]
-    return Source(lambda _start: next_batch, pieces, run.steps_per_batch, names)
+    return Source(lambda _start: next_batch, pieces, run.steps_per_batch, names, draws=True)
 
 
 def support_size(stored: int, wanted: int | None, *, tail: bool = False) -> int:

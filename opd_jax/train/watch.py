@@ -115,9 +115,7 @@ class Watch:
         if state is not None:
             self.stopped = state["stopped"]
             if self.guard is not None:
-                self.guard = Guard.restored(
-                    self.guard.config, state["guard"], limited=self.guard.limited
-                )
+                self.guard = self.guard.restored(state["guard"])
             if self.saturation is not None:
                 self.saturation.gaps = state["gaps"]
             if self.rounds is not None:

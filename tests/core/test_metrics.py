@@ -68,10 +68,13 @@ def test_an_evaluation_that_comes_anew_is_dropped_with_what_follows(tmp_path):
             for step in range(3):
                 writer.write(step, {"loss": step})
                 writer.write(step, {"warnings": 0})
-    with MetricsWriter(tmp_path, "train", "a", 2, again=True):
-        pass
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with MetricsWriter(tmp_path, "train", "a", 2, again=True) as writer:
+        # One that ends before it has a line leaves the earlier run's.
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        writer.write(1, {"warnings": 0})
     steps = [("sft", s, what) for s in range(3) for what in ("loss", "warnings")]
-    steps += [("train", 0, "loss"), ("train", 0, "warnings"), ("train", 1, "loss")]
+    steps += [("train", s, what) for s in range(2) for what in ("loss", "warnings")]
     found = read_metrics(tmp_path)
     assert [(x["stage"], x["step"], "loss" if "loss" in x else "warnings") for x in found] == steps
 

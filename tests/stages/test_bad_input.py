@@ -137,6 +137,17 @@ def test_unusable_prompts_are_refused_before_any_work(refused, tmp_path, split, 
     assert not (tmp_path / "run" / "answers").exists()
 
 
+def test_an_online_run_s_prompts_are_counted_before_any_work(refused, tmp_path):
+    text = refused("train.enabled=[opd_online]", "train.runs.opd_online.batch_size=64")
+    assert "train.runs.opd_online.batch_size=64 is more than the 15 samples of 16 prompts" in text
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_saturation_that_nothing_can_show_is_refused(refused):
+    text = refused("sft.heldout=0", "sft.stop_when_saturated=true")
+    assert "sft.stop_when_saturated needs held-out answers, and there are none" in text
+
+
 def test_a_prompt_longer_than_the_context_is_refused_before_any_work(refused, teacher, tmp_path):
     edit_config(teacher, max_position_embeddings=74)
     text = refused(f"model.teacher={teacher}", "evaluate.max_new_tokens=60")

@@ -8,6 +8,7 @@ import pytest
 from tiny_run import FRESH, arguments
 
 from opd_jax.main import main
+from opd_jax.train import loop
 
 RUNS = "train.enabled=[opd,opd_topk,opd_online,sft_longer]"
 MESH = ("mesh.fsdp=2", "mesh.tensor=2", *FRESH)
@@ -234,6 +235,33 @@ def test_a_forced_stage_that_was_killed_leaves_nothing_of_the_old_one(copy_of):
     assert main(words) == 0
     assert record.is_file()
     assert not list(copy_of.rglob(".*.replaced"))
+
+
+def test_the_same_forced_command_goes_on_where_it_was_ended(copy_of, capsys, monkeypatch):
+    """As a queue gives it again, with `--force`: trained steps and the old model are kept."""
+    words = [*arguments(copy_of, RUNS, *MESH), "--stages", "train.opd", "--force", "train"]
+    model = copy_of / "checkpoints" / "opd" / "model"
+    lines = (copy_of / "metrics.jsonl").read_text()
+    old = {path.name: path.read_bytes() for path in model.rglob("*.safetensors")}
+    keep = loop._Run.keep
+
+    def ended(self, saver, done, state):
+        keep(self, saver, done, state)
+        if done == 2:
+            saver.finish()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "keep", ended)
+    for _ in range(2):  # ends at step 2; then goes on from there, and never comes to it again
+        code = main(words)
+    assert code == 0
+    said = capsys.readouterr()
+    assert "the same command goes on from here" in said.err
+    assert "train.opd           goes on: --force has begun it anew before" in said.out
+    assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == old
+    assert len((copy_of / "metrics.jsonl").read_text().splitlines()) == len(lines.splitlines())
+    assert not list(copy_of.rglob(".*.replaced"))
+    assert not (copy_of / "stages" / "forced.json").exists()
 
 
 def test_a_report_needs_no_prompts_and_no_models(copy_of, capsys):

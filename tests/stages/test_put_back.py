@@ -11,7 +11,7 @@ def pass_dir(tmp_path):
     folder = tmp_path / "teacher" / "t"
     (folder / "commits").mkdir(parents=True)
     (folder / "commits" / "old.json").touch()
-    StageRecords(tmp_path).set_aside("score", [folder])
+    StageRecords(tmp_path).set_aside("score", [folder], {})
     assert not folder.exists()
     return folder
 
@@ -33,3 +33,35 @@ def test_what_is_committed_stays(tmp_path, pass_dir, written):
     StageRecords(tmp_path).put_back("score", [pass_dir])
     assert (pass_dir / written[-1]).is_file()
     assert not (pass_dir / "commits" / "old.json").exists()
+
+
+def test_a_redo_that_was_cut_short_goes_on_and_the_complete_one_is_kept(tmp_path):
+    folder, inputs = tmp_path / "opd", {"rate": 1.0, "of": [1, 2]}
+
+    def command(*names):
+        records = StageRecords(tmp_path)
+        records.redo(names)
+        return records, records.is_redone("train.opd", inputs, names)
+
+    def write(text):
+        folder.mkdir()
+        (folder / "state").write_text(text)
+
+    write("complete")
+    records, begun = command("sft", "train.opd")
+    assert not begun
+    records.set_aside("train.opd", [folder], inputs)
+    write("half a try")
+    records, begun = command("sft", "train.opd")
+    assert begun
+    assert not records.is_redone("train.opd", {**inputs, "rate": 2.0}, ["sft", "train.opd"])
+    records.set_aside("train.opd", [folder], {**inputs, "rate": 2.0})  # the half is of no use
+    records.put_back("train.opd", [folder])
+    assert (folder / "state").read_text() == "complete"
+    assert not command("sft", "train.opd")[1]
+    records.set_aside("train.opd", [folder], inputs)
+    assert command("sft", "train.opd")[1]
+    assert not command("train.opd")[1]  # another command
+    records.set_aside("train.opd", [folder], inputs)
+    command()  # one that redoes nothing
+    assert not command("train.opd")[1]

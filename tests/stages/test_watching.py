@@ -1,13 +1,14 @@
 """A run that nothing can be evaluated on says so, or is refused where evaluations decide."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from opd_jax.config_train import GuardConfig, RefreshConfig, TrainRun
 from opd_jax.errors import ConfigError
 from opd_jax.stages.training import better_state
-from opd_jax.stages.watching import tell_if_unwatched
+from opd_jax.stages.watching import check_judged, tell_if_unwatched
 from opd_jax.train.guard import Guard
 
 
@@ -24,6 +25,44 @@ def test_what_evaluations_decide_needs_held_out_records(changes, key):
     with pytest.raises(ConfigError, match=rf"train\.opd: {key} needs held-out records, .*heldout"):
         tell_if_unwatched("train.opd", run, [])
     tell_if_unwatched("train.opd", run, [3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "grader", "words"),
+    [
+        (
+            {"algorithm": "opd", "guard": GuardConfig(action="stop", fresh=0)},
+            "exact",
+            "guard.fresh",
+        ),
+        (
+            {"objective": "topk", "guard": GuardConfig(final="best")},
+            "none",
+            "guard.teacher=true, or prompts with answers and evaluate.grader",
+        ),
+        (
+            {"objective": "topk", "refresh": RefreshConfig(on_drift=True)},
+            "none",
+            "guard.teacher=true",
+        ),
+    ],
+)
+def test_what_evaluations_decide_needs_something_that_judges(changes, grader, words):
+    prompts = [SimpleNamespace(answer=None), SimpleNamespace(answer="7")]
+    evaluate = SimpleNamespace(grader=grader)
+    ctx = SimpleNamespace(config=SimpleNamespace(evaluate=evaluate), prompts=lambda _: prompts)
+    run = TrainRun(**changes)
+    with pytest.raises(ConfigError, match=rf"^train\.runs\.x: .* needs something.*set {words}"):
+        check_judged(ctx, "train.runs.x", run)
+    asked = {key: changes[key] for key in ("guard", "refresh") if key in changes}
+    check_judged(ctx, "train.runs.x", TrainRun(**asked))  # drift: sampled tokens, stored
+    evaluate.grader = "exact"
+    if run.guard.fresh:
+        check_judged(ctx, "train.runs.x", run)
+    prompts.pop()
+    evaluate.grader = "none"
+    judged = run.guard.model_copy(update={"fresh": 4, "teacher": True})
+    check_judged(ctx, "train.runs.x", run.model_copy(update={"guard": judged}))
 
 
 def test_nothing_held_out_is_said_unless_it_was_asked_for(capsys):

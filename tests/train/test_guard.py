@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from opd_jax.config_train import GuardConfig, SFTConfig
-from opd_jax.train.guard import Guard, Saturation
+from opd_jax.config_train import GuardConfig, SFTConfig, TrainRun
+from opd_jax.train.guard import REFRESH, Guard, Saturation
 
 HEALTHY = {"heldout_w_std": 0.04, "heldout_token_log_w": -0.001}
 
@@ -33,7 +33,7 @@ def test_a_healthy_run_is_left_alone_and_its_best_state_is_kept():
     ],
 )
 def test_a_limit_that_is_crossed_is_named_with_a_remedy(changes, expected):
-    (line,) = Guard(GuardConfig()).look(10, figures(**changes)).warnings
+    (line,) = Guard(GuardConfig(), remedy=REFRESH).look(10, figures(**changes)).warnings
     assert expected in line
     assert "refresh.every" in line
     assert not Guard(GuardConfig(action="off")).look(10, figures(**changes)).warnings
@@ -88,7 +88,7 @@ def test_ever_worse_states_do_not_follow_each_other_as_the_best():
     guard = Guard(GuardConfig(action="stop", patience=2), limited=False)
     accuracies = (0.81, 0.72, 0.62, 0.53, 0.44)
     for steps, accuracy in enumerate(accuracies):
-        guard = Guard.restored(guard.config, json.loads(json.dumps(guard.state())), limited=False)
+        guard = guard.restored(json.loads(json.dumps(guard.state())))
         verdict = guard.look(steps, {"fresh_accuracy": accuracy, "fresh_accuracy_stderr": 0.07})
     assert verdict.stop
     assert guard.best[1] == 1
@@ -113,8 +113,17 @@ def test_drift_is_no_danger_to_an_objective_that_knows_the_distribution():
     assert found.best
     assert not found.warnings
     assert not found.stop
-    again = Guard.restored(guard.config, guard.state(), limited=False)
+    again = guard.restored(guard.state())
     assert not again.look(2, far).warnings
+
+
+def test_a_warning_advises_what_the_run_can_do():
+    far = figures(token_log_w=-0.4)
+    stored, online = Guard(GuardConfig(), remedy=REFRESH), Guard(GuardConfig())
+    assert "refresh.every" in stored.look(1, far).warnings[0]
+    assert "refresh.every" in stored.restored(stored.state()).look(2, far).warnings[0]
+    assert "refresh.every" in stored.restored(None).look(2, far).warnings[0]
+    assert online.look(1, far).warnings[0].endswith("or train fewer steps")
 
 
 def test_an_error_that_is_not_known_gives_no_warning():
@@ -139,10 +148,10 @@ def test_a_restored_guard_goes_on_as_if_nothing_had_happened():
     wanted = [straight.look(s, f) for s, f in enumerate(sequence)]
     guard, found = Guard(config), []
     for step, figure in enumerate(sequence):
-        guard = Guard.restored(config, guard.state())
+        guard = Guard(config).restored(guard.state())
         found.append(guard.look(step, figure))
     assert found == wanted
-    assert Guard.restored(config, None) == Guard(config)
+    assert guard.restored(None) == Guard(config)
 
 
 def test_what_is_kept_of_a_single_sample_is_valid_json():
@@ -152,10 +161,12 @@ def test_what_is_kept_of_a_single_sample_is_valid_json():
 
 
 def test_saturation_is_said_once_and_again_after_it_fell():
-    probe = Saturation.of(SFTConfig(saturation=0.01))
+    probe = Saturation.of(*[SFTConfig(saturation=0.01)] * 2)
     gaps = (0.5, 0.2, 0.195, 0.192, 0.191, 0.1, 0.099, 0.098, 0.0975)
     said = [probe.look(gap) for gap in gaps]
     assert [bool(line) for line in said] == [False] * 3 + [True] + [False] * 3 + [True, False]
     assert "0.1920 nats a token, within 0.01 for three evaluations" in said[3]
     assert not probe.stops
-    assert Saturation.of(SFTConfig(stop_when_saturated=True)).stops
+    stops = SFTConfig(saturation=0.5, stop_when_saturated=True)
+    assert Saturation.of(stops, stops) == Saturation(0.5, stops=True)
+    assert Saturation.of(TrainRun(algorithm="sft"), stops) == Saturation(0.5)

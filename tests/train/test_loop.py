@@ -12,7 +12,8 @@ from opd_jax.config import MeshConfig
 from opd_jax.config_train import LoopConfig, LoraConfig, OptimConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.train import checkpoint
-from opd_jax.train.loop import Source, TrainJob, run_training
+from opd_jax.train.batch_source import Source
+from opd_jax.train.loop import TrainJob, run_training
 from opd_jax.train.step import Objective
 
 PLAIN = LoopConfig(steps=4, batch_size=2, save_every=2, optim=OptimConfig(learning_rate=1e-3))
@@ -96,3 +97,18 @@ def test_a_trace_has_a_few_steps_in_it(tmp_path):
         folder = tmp_path / f"trace{steps}"
         train(tmp_path / f"state{steps}", profile=folder, steps=steps)
         assert list(folder.rglob("*.xplane.pb"))
+
+
+def test_what_a_draw_takes_belongs_to_the_step_that_it_is_for(tmp_path):
+    """The step before is told before the draw begins; others once the next one is under way."""
+    model, params = tiny(make_mesh(MeshConfig(fsdp=1)), num_layers=1)
+    order = []
+
+    def next_batch(step, current):
+        order.append(f"draw {step}")
+        return batch_of(step)
+
+    job = TrainJob(model, Objective("sft"), PLAIN, tmp_path, "inputs", 3)
+    source = Source(lambda _start: next_batch, 1, 2, draws=True)
+    run_training(job, lambda: params, source, lambda step, _: order.append(f"told {step}"))
+    assert order == ["draw 0", "draw 1", "told 0", "told 1", "draw 2", "draw 3", "told 2", "told 3"]

@@ -13,7 +13,8 @@ from opd_jax.config_train import OptimConfig
 from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import DataError
 from opd_jax.train import checkpoint
-from opd_jax.train.loop import MOST_SKIPPED, Source, TrainJob, run_training
+from opd_jax.train.batch_source import Source
+from opd_jax.train.loop import MOST_SKIPPED, TrainJob, run_training
 from opd_jax.train.optimizer import make_optimizer
 from opd_jax.train.step import Objective, abstract_state
 

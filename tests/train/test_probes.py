@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -110,6 +112,10 @@ def test_fresh_samples_are_graded_and_scored():
     assert figures["fresh_reverse_kl"] == pytest.approx(0.0, abs=1e-4)  # the teacher is the student
     assert 0 < figures["fresh_tokens"] <= 6
     assert probe(params) == figures
+    known = dataclasses.replace(
+        probe, grade=lambda record: {"p0": True, "p2": False}.get(record.prompt_id)
+    )
+    assert known(params)["fresh_accuracy"] == 0.5  # of those that can be graded
     other = probe(model.init(jax.random.key(5)))
     assert other["fresh_reverse_kl"] > 0.001
 

@@ -16,8 +16,9 @@ from opd_jax.core.mesh import make_mesh
 from opd_jax.core.trace import FIRST
 from opd_jax.errors import Preempted
 from opd_jax.train import checkpoint
+from opd_jax.train.batch_source import Source
 from opd_jax.train.guard import Guard, Saturation
-from opd_jax.train.loop import Source, TrainJob, is_evaluated, run_training
+from opd_jax.train.loop import TrainJob, is_evaluated, run_training
 from opd_jax.train.rounds import Rounds
 from opd_jax.train.step import Objective
 from opd_jax.train.watch import Watch

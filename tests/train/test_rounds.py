@@ -10,8 +10,9 @@ from opd_jax.config_train import GuardConfig, LoopConfig, OptimConfig, RefreshCo
 from opd_jax.core.mesh import make_mesh
 from opd_jax.data.loader import step_order
 from opd_jax.train import checkpoint
+from opd_jax.train.batch_source import Source
 from opd_jax.train.guard import Guard
-from opd_jax.train.loop import Source, TrainJob, run_training
+from opd_jax.train.loop import TrainJob, run_training
 from opd_jax.train.probes import held_out
 from opd_jax.train.rounds import PromptPlan, Rounds
 from opd_jax.train.step import Objective

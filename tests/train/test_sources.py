@@ -9,8 +9,8 @@ from opd_jax.data.collate import pack
 from opd_jax.data.loader import step_order
 from opd_jax.data.records import Record, Scores
 from opd_jax.data.store import create_store
-from opd_jax.errors import ConfigError, DataError
-from opd_jax.sampling.collect import requests_for, to_record
+from opd_jax.errors import ConfigError, DataError, Preempted
+from opd_jax.sampling.collect import requests_for, to_record, until_told
 from opd_jax.sampling.sampler import SamplingJob, generate
 from opd_jax.teacher.score import Scorer
 from opd_jax.train import sources
@@ -246,3 +246,25 @@ def test_samples_for_several_steps_are_those_of_single_steps():
         found.append([next_batch(step, lambda: params)["target_bt"] for step in range(4)])
     for one, two in zip(*found, strict=True):
         assert sorted(map(tuple, one[one.any(1)])) == sorted(map(tuple, two[two.any(1)]))
+
+
+def test_a_draw_ends_where_several_processes_are_told_to(monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr("opd_jax.sampling.collect.told", lambda: next(answers))
+    found = []
+    with pytest.raises(Preempted):
+        found.extend(until_told(iter([["a", "b"], ["c"], ["d"]])))
+    assert found == ["a", "b", "c"]
+
+
+def test_online_batches_are_drawn_so(monkeypatch):
+    model, params = tiny()
+    prompts, sampling = [("a", [1, 2]), ("b", [3])], SamplingConfig(max_new_tokens=3, slots=2)
+    scorer = Scorer(model, params, batch_tokens=16)
+    live = LiveTeacher(model, scorer, prompts, sampling, end_ids=(0,), seed=5, text=str)
+    run = TrainRun(algorithm="opd", batch_size=2, steps=1)
+    monkeypatch.setattr("opd_jax.sampling.collect.told", lambda: True)
+    source = online_source(live, run, Packing(5))
+    assert source.draws
+    with pytest.raises(Preempted):
+        source.start(0)(0, lambda: params)
