@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from opd_jax.core.distributed import from_first, is_first
+from opd_jax.core.pieces import pieces
 
 
 def fingerprint_json(value: Any) -> str:
@@ -22,14 +24,18 @@ def fingerprint_json(value: Any) -> str:
 def fingerprint_params(params: Any) -> str:
     """sha256 over names, shapes and float32 values: the same in any dtype, file layout or sharding.
 
-    One leaf at a time is gathered on the host.
+    Called by every process; the first one hashes, piece by piece.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(_leaves(params)):
-        host = _on_host(leaf)
-        digest.update(leaf_header(path, host.shape))
-        digest.update(np.ascontiguousarray(host.astype(np.float32)).data)
-    return digest.hexdigest()
+        digest.update(leaf_header(path, leaf.shape))
+        for piece in pieces(leaf):
+            if is_first():
+                host = np.asarray(piece).astype(np.float32, copy=False)
+                digest.update(np.ascontiguousarray(host).data)
+            else:
+                piece.block_until_ready()  # pieces that were only begun would pile up
+    return from_first(digest.hexdigest())
 
 
 def leaf_header(path: str, shape: tuple[int, ...]) -> bytes:
@@ -40,12 +46,6 @@ def leaf_header(path: str, shape: tuple[int, ...]) -> bytes:
 def _leaves(params: Any) -> Iterator[tuple[str, jax.Array]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         yield jax.tree_util.keystr(path), leaf
-
-
-def _on_host(leaf: jax.Array) -> np.ndarray:
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def same_lineage(first: Any, second: Any) -> bool:
