@@ -332,7 +332,7 @@ BREAKS = [
     Break(
         "checkpoint: digests are not compared",
         "train/checkpoint.py",
-        "if _sha256(path) != digest:",
+        "if sha256_of(path) != digest:",
         "if False:",
         "tests/train/test_checkpoint.py",
     ),

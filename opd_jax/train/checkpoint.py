@@ -10,7 +10,6 @@ no checksum of array data, so `restore` compares every file with its digest befo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Generator
@@ -27,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from opd_jax.core.distributed import await_seen, from_first
 from opd_jax.data.store_files import TENSORSTORE_ERRORS, StoreFiles, short_cause
 from opd_jax.errors import DataError
+from opd_jax.train.file_digests import file_digests, sha256_of
 
 COMPLETE = "complete.json"
 
@@ -73,9 +73,10 @@ class _Save:
         with _written(self._folder):
             self._response.result()
         _barrier(f"{self._folder.name} is written")
+        with _written(self._folder, (OSError,)):  # not what collectives raise
+            body = {**self._document, "files": file_digests(self._folder)}
         if jax.process_index() == 0:
             with _written(self._folder):
-                body = {**self._document, "files": _digests(self._folder)}
                 StoreFiles(self._folder).write_document(COMPLETE, body)
                 _prune(self._directory, self._keep)
         _barrier(f"{self._folder.name} is complete")
@@ -148,10 +149,12 @@ class Saver:
 
 
 @contextlib.contextmanager
-def _written(folder: Path) -> Generator[None]:
+def _written(
+    folder: Path, errors: tuple[type[Exception], ...] = TENSORSTORE_ERRORS
+) -> Generator[None]:
     try:
         yield
-    except TENSORSTORE_ERRORS as error:  # Orbax hands them on as they are
+    except errors as error:  # Orbax hands them on as they are
         repair = "free space or choose another run_dir"
         raise DataError(f"{folder}: cannot be written ({short_cause(error)}); {repair}") from error
 
@@ -266,16 +269,6 @@ def _same_leaves(folder: Path, saved: dict[str, str], wanted: dict[str, str]) ->
             )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
-
-
 def _verified(folder: Path, repair: str) -> dict[str, Any]:
     """The step's document, once every file has been compared, each process doing a share.
 
@@ -304,5 +297,5 @@ def _compare(folder: Path, digests: dict[str, str], repair: str) -> None:
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: file is missing from checkpoint {folder.name}; {repair}")
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             raise DataError(f"{path}: damaged, its digest does not match; {repair}")

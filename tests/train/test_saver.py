@@ -107,7 +107,7 @@ def test_a_full_disk_in_the_background_is_one_line_and_the_step_before_stays(
     saver = Saver(tmp_path, keep=1)
     saver.save(1, tree, {})
     saver.finish()
-    monkeypatch.setattr(checkpoint, "_digests", no_space)
+    monkeypatch.setattr(checkpoint, "file_digests", no_space)
     saver.save(2, tree, {})
     saver._thread.join()
     with pytest.raises(DataError) as caught:
