@@ -18,6 +18,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
+    "copies": "data",
     "time": "context",
     "layers": None,
     "norm": None,

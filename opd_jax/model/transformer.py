@@ -218,7 +218,7 @@ class LanguageModel:
                 their positions. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
         """
-        x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype)
+        x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype, self.mesh)
         head_vd = self.head_parameter(params | {"embed": table_vd})
         params = cast(params, self.compute_dtype)
         x_btd = constrain(x_btd, self.mesh, HIDDEN_AXES, "hidden")

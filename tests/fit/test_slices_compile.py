@@ -12,13 +12,27 @@ from opd_jax.fit.topology import environment
 SCRIPT = Path(__file__).with_name("compile_slices.py")
 
 
+def compiled(*words):
+    """What `compile_slices.py` prints of a step."""
+    command = [sys.executable, str(SCRIPT), *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_copies_of_the_weights_in_one_slice_gather_no_hidden_states():
+    """Each takes its own rows' gradients of the embedding: one gathered them, in float32."""
+    found = compiled("v5e:2x4", "2", "4")
+    gathered = {x["axes"] for x in found["sent"] if x["kind"] == "all-gather"}
+    assert "fsdp" in gathered
+    assert "data+fsdp" not in gathered
+
+
 @pytest.mark.slow
 def test_only_data_crosses_the_network_and_mostly_gradients_do():
     """Beside the gradients, what is scattered into the head's: the vectors of the targets."""
-    command = [sys.executable, str(SCRIPT), "2xv5e:2x2", "2", "4"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled("2xv5e:2x2", "2", "4")
     assert found["islands"] == [0] * 4 + [1] * 4
     crossing = [x for x in found["sent"] if x["network_bytes"]]
     assert {x["axes"] for x in crossing} == {"data"}
