@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell(f"opd_jax: interrupted{goes_on}")
         code = 130
+        if (watcher := _watcher()) is not None:  # else the others would wait in a collective
+            watcher.failed("interrupted", code)
     except Exception as error:
         if (watcher := _watcher()) is None:
             raise

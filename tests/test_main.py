@@ -126,10 +126,10 @@ def test_debug_shows_the_traceback(config_path, pipeline, capsys):
     assert err.endswith("opd_jax: error: torn\n")
 
 
-@pytest.mark.parametrize("words", [[], ["--debug"]])
-def test_with_nobody_to_read_the_error_other_processes_are_told(
-    config_path, pipeline, monkeypatch, words
-):
+@pytest.fixture
+def watcher(monkeypatch):
+    """Of one of several processes; notes what the others are told."""
+
     class Watcher:
         told = None
 
@@ -139,10 +139,18 @@ def test_with_nobody_to_read_the_error_other_processes_are_told(
         def stop(self):
             pass
 
+    found = Watcher()
+    monkeypatch.setattr("opd_jax.main._watcher", lambda: found)
+    return found
+
+
+@pytest.mark.parametrize("words", [[], ["--debug"]])
+def test_with_nobody_to_read_the_error_other_processes_are_told(
+    config_path, pipeline, monkeypatch, watcher, words
+):
     read, write = os.pipe()
     os.close(read)
-    watcher, pipeline.error = Watcher(), BrokenPipeError(32, "Broken pipe")
-    monkeypatch.setattr("opd_jax.main._watcher", lambda: watcher)
+    pipeline.error = BrokenPipeError(32, "Broken pipe")
     with open(write, "w", buffering=1) as nobody:
         monkeypatch.setattr(sys, "stderr", nobody)
         assert main(["--config", config_path, *words]) == 2
@@ -156,6 +164,12 @@ def test_ctrl_c_is_one_line(config_path, pipeline, capsys):
     pipeline.error = KeyboardInterrupt()
     assert main(["--config", config_path]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_on_one_of_several_processes_is_told_to_the_others(config_path, pipeline, watcher):
+    pipeline.error = KeyboardInterrupt()
+    assert main(["--config", config_path]) == 130
+    assert watcher.told == ("interrupted", 130)
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(config_path, pipeline):
