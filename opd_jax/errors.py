@@ -1,4 +1,5 @@
-"""The exceptions that a user can cause. The command line prints their one line and exits with 2.
+"""The exceptions that a user can cause. The command line prints their one line and exits with 2,
+after a `JoinError` with 1.
 
 A message names the thing, the value, the place and the repair.
 """
@@ -26,6 +27,10 @@ class ConsistencyError(OPDError):
 
 class StageError(OPDError):
     """A stage's inputs are missing or have changed since it ran."""
+
+
+class JoinError(OPDError):
+    """Several processes cannot join; at the next start they may, so the exit code is 1."""
 
 
 class Preempted(BaseException):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from opd_jax.config_load import load_config
 from opd_jax.core import platform_flags
-from opd_jax.errors import ConfigError, OPDError, Preempted
+from opd_jax.errors import ConfigError, JoinError, OPDError, Preempted
 
 if TYPE_CHECKING:
     from opd_jax.core.liveness import Liveness
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline, or look after a store.
 
     The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged or
-    a config that `--fit` finds too large, 4 if another process is gone, 130 for Ctrl-C, 143 for
-    SIGTERM.
+    a config that `--fit` finds too large, 4 if another process is gone or never came, 130 for
+    Ctrl-C, 143 for SIGTERM. It is 1 for what a restart may get over: processes that cannot join,
+    and errors of this program.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             _tell(traceback.format_exc())
         _tell(f"opd_jax: error: {_one_line(error)}")
-        code = 2
+        code = 1 if isinstance(error, JoinError) else 2
         if (watcher := _watcher()) is not None:
             watcher.failed(_one_line(error), code)
     except Preempted as notice:

@@ -202,6 +202,24 @@ def test_processes_are_joined_before_the_pipeline_runs(config_path, pipeline, mo
     assert len(pipeline.calls) == 2
 
 
+def test_processes_that_cannot_join_are_one_line_and_may_be_restarted(
+    config_path, pipeline, monkeypatch, capsys
+):
+    def refused(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start\nRPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refused)
+    words = ["--config", config_path, "--coordinator", "host:1", "--processes", "2", "--rank", "0"]
+    assert main(words) == 1
+    said = "process 0 of 2 cannot join at host:1 (UNKNOWN: Failed to start RPC server); process 0 "
+    err = capsys.readouterr().err
+    assert err.startswith(f"opd_jax: error: {said}")
+    assert err.count("\n") == 1
+    assert main(["--config", config_path, "--distributed"]) == 1
+    assert "--distributed: the processes that the environment" in capsys.readouterr().err
+    assert pipeline.calls == []
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

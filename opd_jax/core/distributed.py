@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from opd_jax.core import liveness
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import ConfigError, DataError, JoinError
 
 TEXT_BYTES = 256
 LOOKS, LOOK_SECONDS = 60, 2.0
@@ -31,6 +31,8 @@ def start(
     Raises:
         ConfigError: the three flags are not given together, or do not fit together; or the
             environment does not tell of other processes.
+        JoinError: JAX cannot start to join them. (Where it has waited for them in vain,
+            `liveness.joining` ends the process.)
     """
     given = [value is not None for value in (coordinator, processes, rank)]
     if found or all(given):
@@ -44,7 +46,6 @@ def start(
                 "and --rank, or it"
             )
         _join_found()
-        liveness.watch()
         return
     if not any(given):
         return
@@ -52,15 +53,31 @@ def start(
         raise ConfigError("--coordinator, --processes and --rank belong together: give all three")
     if not 0 <= rank < processes:
         raise ConfigError(f"--rank {rank} is not below --processes {processes}")
-    jax.distributed.initialize(
-        coordinator, processes, rank, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    _join(
+        f"process {rank} of {processes} cannot join at {coordinator}", coordinator, processes, rank
     )
+
+
+def _join(what: str, *given: str | int | None) -> None:
+    """Join the processes given, or those that JAX finds; `what` begins the message if it fails."""
+    try:
+        with liveness.joining():
+            jax.distributed.initialize(
+                *given,  # pyright: ignore
+                initialization_timeout=liveness.JOIN_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+    except RuntimeError as error:
+        raise JoinError(
+            f"{what} ({error}); process 0 needs a free port, and the others must reach it; look at "
+            "what they print, and start the same command on every host again"
+        ) from error
     liveness.watch()
 
 
 def _join_found() -> None:
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        _join("--distributed: the processes that the environment tells of cannot join")
     except ValueError as error:  # of JAX, where no cluster that it knows is recognised
         raise ConfigError(
             "--distributed: the environment tells of no other processes (no TPU slice, Slurm step, "

@@ -3,7 +3,8 @@
 Without this they would wait in a collective, or be aborted with a stack trace. Every process leaves
 signs of life with the coordination service that process 0 hosts; process 0 reads them, and tells
 the others who is gone. That process 0 itself is gone is for a sentry to say, a small process beside
-each of the others: JAX aborts whoever has lost the service.
+each of the others: JAX aborts whoever has lost the service. It also aborts whoever has waited too
+long for all to join; `joining` comes before.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator
 from typing import ClassVar, NoReturn
 
 from jax._src import distributed  # the public module does not hand out its client
@@ -26,6 +29,8 @@ RETRY_SECONDS = 20.0
 """For so long a service that does not answer is asked again."""
 LOST = 4
 """Exit code of a process that ends because another one did: the same command goes on."""
+JOIN_SECONDS, JOIN_MARGIN = 300, 15
+"""Whoever has waited so long for the others is aborted by JAX, and told of it so long before."""
 AGAIN = "start the same command on every host again, it goes on from here"
 
 _SENTRY = """
@@ -142,6 +147,46 @@ def watch() -> None:
     """Begin, if this process is one of several."""
     if distributed.global_state.num_processes > 1:
         Liveness.here = Liveness()
+
+
+@contextlib.contextmanager
+def joining() -> Generator[None]:
+    """While processes join, JAX's calls do not return: where some do not come, say so and end."""
+    joined = threading.Event()
+    threading.Thread(target=_await_others, args=(joined,), daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
+
+
+def _await_others(joined: threading.Event) -> None:
+    while distributed.global_state.client is None:  # JAX has not begun to wait
+        if joined.wait(0.1):
+            return
+    if joined.wait(JOIN_SECONDS - JOIN_MARGIN):
+        return
+    with contextlib.suppress(OSError):
+        print(f"opd_jax: error: {_not_all_joined()}; {AGAIN}", file=sys.stderr, flush=True)
+    os._exit(LOST)  # the main thread is in JAX's call
+
+
+def _not_all_joined() -> str:
+    """What this process can tell of those that did not come."""
+    state = distributed.global_state
+    where, why = str(state.coordinator_address), "process 0 listens there"
+    if state.process_id > 0:
+        try:
+            host, port = where.rsplit(":", 1)
+            socket.create_connection((host.strip("[]"), int(port)), 5).close()
+            why = "it can be reached from here"
+        except (OSError, ValueError) as error:
+            why = f"it cannot be reached from here ({error})"
+    return (
+        f"process {state.process_id} ({platform.node()}): after {JOIN_SECONDS - JOIN_MARGIN} s not "
+        f"all {state.num_processes} processes have joined at {where}; {why}; look at what the "
+        "others print: one may have failed before it joined"
+    )
 
 
 def _start_sentry(host: str, port: str) -> subprocess.Popen[bytes]:

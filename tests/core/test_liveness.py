@@ -1,9 +1,12 @@
 """Signs of life: a service that does not answer once is asked again."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+
+from jax._src import distributed
 
 from opd_jax.core import liveness
 from opd_jax.core.liveness import Liveness
@@ -63,3 +66,34 @@ def test_a_process_ends_although_nobody_reads_what_it_says():
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, check=False)
     os.close(write)
     assert done.returncode == liveness.LOST
+
+
+def test_who_waits_in_vain_for_the_others_is_told_before_jax_aborts_it():
+    code = (
+        "import sys\n"
+        "from opd_jax.core import distributed, liveness\n"
+        "liveness.JOIN_SECONDS, liveness.JOIN_MARGIN = 20, 19\n"
+        "distributed.start(sys.argv[1], 2, 1)\n"
+    )
+    with socket.socket() as nobody:  # bound, but it does not listen
+        nobody.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{nobody.getsockname()[1]}"
+        command = [sys.executable, "-c", code, where]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == liveness.LOST
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("opd_jax: error: process 1 (")
+    assert f"not all 2 processes have joined at {where}; it cannot be reached from here (" in last
+    assert last.endswith(liveness.AGAIN)
+    assert "stack trace" not in done.stderr
+
+
+def test_a_coordinator_that_answers_is_not_what_is_missing(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        state = distributed.State()
+        state.process_id, state.num_processes = 2, 4
+        state.coordinator_address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(distributed, "global_state", state)
+        assert "it can be reached from here; look at what the others" in liveness._not_all_joined()
+        state.process_id = 0
+        assert "process 0 listens there" in liveness._not_all_joined()
