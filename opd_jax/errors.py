@@ -1,5 +1,5 @@
 """The exceptions that a user can cause. The command line prints their one line and exits with 2,
-after a `JoinError` with 1.
+but with 1 after what may pass (`main.PASSING`, `JoinError`).
 
 A message names the thing, the value, the place and the repair.
 """

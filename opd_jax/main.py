@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -27,6 +28,8 @@ _NOISY = ("absl", "jax", "orbax", "flax", "transformers", "tensorstore", "matplo
 
 LOST_CONNECTION = r"(?i)gloo|nccl|unavailable|connection|deadline|heartbeat|coordination"
 """In an error that may come from another process being gone."""
+PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "ECONNRESET", "EREMOTEIO")
+"""Errors of a network folder that may be gone at the next start."""
 STORE_TOOLS = ("inspect", "verify", "gc")
 NOT_WITH_STORE = (
     *("config", "stages", "force", "plan", "fit", "profile", "prompt", "chat", "checkpoint"),
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged or
     a config that `--fit` finds too large, 4 if another process is gone or never came, 130 for
     Ctrl-C, 143 for SIGTERM. It is 1 for what a restart may get over: processes that cannot join,
-    and errors of this program.
+    a network folder that fails for a while (`PASSING`), and errors of this program.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             _tell(traceback.format_exc())
         _tell(f"opd_jax: error: {_one_line(error)}")
-        code = 1 if isinstance(error, JoinError) else 2
+        code = 1 if _may_pass(error) else 2
         if (watcher := _watcher()) is not None:
             watcher.failed(_one_line(error), code)
     except Preempted as notice:
@@ -271,6 +274,16 @@ def _watcher() -> Liveness | None:
     """What tells the other processes how this one ends, if there are others."""
     module = sys.modules.get("opd_jax.core.liveness")
     return None if module is None else module.Liveness.here
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a restart may get over it, or over what it was raised for."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, JoinError) or errno.errorcode.get(number or 0) in PASSING:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _names(texts: Sequence[str]) -> list[str]:

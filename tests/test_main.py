@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import types
 import jax
 import pytest
 
-from opd_jax.errors import DataError
+from opd_jax.errors import DataError, unwritable
 from opd_jax.main import main
 
 CONFIG = """\
@@ -116,6 +117,20 @@ def test_an_operating_system_error_names_its_file(config_path, pipeline, capsys)
     pipeline.error = PermissionError(13, "Permission denied", "/runs")
     assert main(["--config", config_path]) == 2
     assert capsys.readouterr().err == "opd_jax: error: /runs: Permission denied\n"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
+def test_a_network_folder_that_fails_for_a_while_may_be_tried_again(
+    config_path, pipeline, capsys, watcher, number
+):
+    error = OSError(number, os.strerror(number), "/shared/run")
+    for pipeline.error in (error, unwritable("/shared/run", error)):
+        pipeline.error.__cause__ = None if pipeline.error is error else error
+        assert main(["--config", config_path]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("opd_jax: error: /shared/run: ")
+        assert err.count("\n") == 1
+        assert watcher.told == (err.removeprefix("opd_jax: error: ").rstrip(), 1)
 
 
 def test_debug_shows_the_traceback(config_path, pipeline, capsys):
