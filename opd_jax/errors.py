@@ -13,6 +13,10 @@ class ConfigError(OPDError):
     """A config key, type or value is wrong, or two of them contradict each other."""
 
 
+class MeshError(ConfigError):
+    """Mesh, batches or model do not suit the number of devices; they may suit another."""
+
+
 class ModelError(OPDError):
     """A model folder is missing, broken or unknown, or does not fit its tokenizer or the mesh."""
 

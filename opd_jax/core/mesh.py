@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh_layout import device_grid, islands_of
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, MeshError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
@@ -52,19 +52,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     fixed = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
         if len(devices) % fixed:
-            raise ConfigError(
+            raise MeshError(
                 f"mesh: {_axes_text(sizes)}: {len(devices)} devices are not divisible by {fixed}; "
                 "change the axes that are not -1"
             )
         sizes[sizes.index(-1)] = len(devices) // fixed
     needed = math.prod(sizes)
     if needed > len(devices):
-        raise ConfigError(
+        raise MeshError(
             f"mesh: {_axes_text(sizes)} needs {needed} devices, {len(devices)} are here; "
             "make an axis smaller"
         )
     if jax.process_count() > 1 and needed != len(devices):
-        raise ConfigError(
+        raise MeshError(
             f"mesh: {_axes_text(sizes)} takes {needed} of {len(devices)} devices; with several "
             "processes it must take all of them"
         )
@@ -79,12 +79,12 @@ def _check_slices(devices: Sequence[Any], sizes: Sequence[int]) -> None:
     if slices == 1:
         return
     if sizes[0] % slices:
-        raise ConfigError(
+        raise MeshError(
             f"mesh: {_axes_text(sizes)}: between the {slices} TPU slices there is only a network, "
             f"which data alone may cross; set mesh.data={slices} or a multiple of it"
         )
     if math.prod(sizes) != len(devices):
-        raise ConfigError(
+        raise MeshError(
             f"mesh: {_axes_text(sizes)} takes {math.prod(sizes)} of {len(devices)} devices; with "
             "several TPU slices it must take all of them"
         )
@@ -134,14 +134,14 @@ def sharding_for(mesh: Mesh, axes: Sequence[str], shape: Sequence[int], name: st
         ways = axis_size(mesh, logical)
         for axis in mesh_axes:
             if mesh.shape[axis] > 1 and axis in used:
-                raise ConfigError(
+                raise MeshError(
                     f"{name}: dims '{used[axis]}' and '{logical}' both go to mesh axis '{axis}'"
                 )
             used[axis] = logical
         if size % ways:
             cutting = [axis for axis in mesh_axes if mesh.shape[axis] > 1]
             largest = max(cutting, key=lambda axis: mesh.shape[axis])
-            raise ConfigError(
+            raise MeshError(
                 f"{name}: dim '{logical}'={size} is not divisible by mesh axis "
                 f"'{' x '.join(cutting)}'={ways}; change mesh.{largest}"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.config import Config
-from opd_jax.errors import ConfigError, OPDError
+from opd_jax.errors import ConfigError, MeshError, OPDError
 from opd_jax.fit.results import FitReport
 from opd_jax.fit.show import print_report, tell
 from opd_jax.fit.targets import candidates, parse_target
@@ -30,12 +30,12 @@ def run(config: Config, target: str, stages: Sequence[str] | None) -> int:
     """
     if not re.match(r"\s*auto\b", target):
         return _show(config, judge(config, parse_target(target).name, stages))
-    refused: ConfigError | None = None
+    refused: MeshError | None = None
     code = None
     for name in candidates(target):
         try:
             report = judge(config, name, stages, auto=True)
-        except ConfigError as error:  # its mesh or its batches are for other numbers of devices
+        except MeshError as error:  # its mesh or its batches are for other numbers of devices
             tell(f"{name}: {error}")
             refused = error
             continue
@@ -65,6 +65,11 @@ def judge(
     Args:
         auto: of a config that names no mesh, the best of several; stop at the first program that
             does not fit.
+
+    Raises:
+        MeshError: the config is for other numbers of devices.
+        ConfigError: anything else is wrong with it, with its models or with the target.
+        OPDError: a compiler crashed.
     """
     request = {
         "config": config.model_dump(mode="json"),
@@ -76,7 +81,7 @@ def judge(
         Path(folder, REQUEST).write_text(json.dumps(request), encoding="utf-8")
         answer = _answer(folder, target)
     if "error" in answer:
-        raise ConfigError(answer["error"])
+        raise (MeshError if answer["mesh"] else ConfigError)(answer["error"])
     return FitReport.from_json(answer)
 
 

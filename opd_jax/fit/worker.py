@@ -1,6 +1,7 @@
 """The process that compiles: `python -m opd_jax.fit.worker FOLDER`.
 
-It reads `request.json` in the folder and leaves `answer.json` there; a line on its output is a step
+It reads `request.json` in the folder and leaves `answer.json` there: a report, or an error and
+whether other devices may suit the config better (`mesh`). A line on its output is a step
 that it begins. `driver` starts it with the environment that the compilers need.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.config import Config
-from opd_jax.errors import OPDError
+from opd_jax.errors import MeshError, OPDError
 
 REQUEST, ANSWER, MARK = "request.json", "answer.json", "fit: "
 """Files, and how lines begin that are meant for people: plugins print, too."""
@@ -35,7 +36,7 @@ def main(folder: str) -> None:
         judge = assess_meshes if request["auto"] else assess
         answer = judge(config, request["target"], request["stages"], _say).to_json()
     except OPDError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "mesh": isinstance(error, MeshError)}
     Path(folder, ANSWER).write_text(json.dumps(answer), encoding="utf-8")
 
 

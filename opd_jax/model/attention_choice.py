@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from opd_jax.core.mesh import axis_size, is_one_cpu, platform_of
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, MeshError
 from opd_jax.model.attention import attend, attend_by_row, attend_chunked
 from opd_jax.model.attention_mesh import Inputs, on_each_device
 
@@ -106,7 +106,9 @@ def choose_attention(wanted: str, case: AttentionCase) -> str:
     if wanted == "auto":
         return _best(case)
     if problem := _problem(wanted, case):
-        raise ConfigError(f"model.attention: '{wanted}' {problem}; set it to '{_best(case)}'")
+        anywhere = case.mesh is None or _problem(wanted, case._replace(mesh=None))
+        kind = ConfigError if anywhere else MeshError
+        raise kind(f"model.attention: '{wanted}' {problem}; set it to '{_best(case)}'")
     return wanted
 
 

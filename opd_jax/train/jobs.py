@@ -7,7 +7,7 @@ from typing import TypeVar
 from opd_jax.algo.losses import Terms
 from opd_jax.config import Config
 from opd_jax.config_train import LoopConfig, TrainRun
-from opd_jax.errors import ConfigError
+from opd_jax.errors import MeshError
 from opd_jax.train.step import Objective
 
 Loop = TypeVar("Loop", bound=LoopConfig)
@@ -27,7 +27,7 @@ def spread_batches(config: Config, ways: int) -> tuple[Config, list[str]]:
     OPD rounds its packed rows up; SFT has `batch_size` of them.
 
     Raises:
-        ConfigError: rows cannot be divided over the devices.
+        MeshError: rows cannot be divided over the devices.
     """
     told: list[str] = []
     sft, runs = _spread("sft", config.sft, ways, told), dict(config.train.runs)
@@ -42,11 +42,11 @@ def _spread(key: str, loop: Loop, ways: int, told: list[str]) -> Loop:
     packed = isinstance(loop, TrainRun) and loop.algorithm != "sft"
     over = f"over {ways} devices (mesh.data x mesh.fsdp x mesh.expert); change it, or the mesh"
     if not packed and whole % ways:
-        raise ConfigError(f"{key}.batch_size={whole} is not divisible {over}")
+        raise MeshError(f"{key}.batch_size={whole} is not divisible {over}")
     if micro is None or micro % ways == 0:
         return loop
     if loop.router_balance:
-        raise ConfigError(f"{key}.micro_batch_size={micro} is not divisible {over}")
+        raise MeshError(f"{key}.micro_batch_size={micro} is not divisible {over}")
     rows = -(-micro // ways) * ways
     while not packed and whole % rows:
         rows += ways
@@ -55,14 +55,14 @@ def _spread(key: str, loop: Loop, ways: int, told: list[str]) -> Loop:
 
 
 def check_row_tokens(config: Config, parts: int) -> None:
-    """Raises ConfigError if rows of a wanted length cannot be cut into `parts`.
+    """Raises MeshError if rows of a wanted length cannot be cut into `parts`.
 
     Where the config leaves it open, a length that can be is chosen.
     """
     rows = {key: getattr(loop, "row_tokens", None) for key, loop in loops_of(config).items()}
     for key, tokens in rows.items():
         if tokens is not None and tokens % parts:
-            raise ConfigError(
+            raise MeshError(
                 f"{key}.row_tokens={tokens} is not divisible over {parts} devices (mesh.context); "
                 f"set it to {-(-tokens // parts) * parts}, or change the mesh"
             )

@@ -24,7 +24,7 @@ from opd_jax.config import Config, MeshConfig
 from opd_jax.core.mesh import axis_size, make_mesh
 from opd_jax.core.mesh_layout import islands_of
 from opd_jax.core.peak import TPU_MEMORY
-from opd_jax.errors import ConfigError, ModelError
+from opd_jax.errors import ConfigError, MeshError, ModelError
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.load import architecture_of
 from opd_jax.model.transformer import LanguageModel
@@ -59,7 +59,7 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
     A model that cannot be read has no say; whatever needs it tells what is wrong with it.
 
     Raises:
-        ConfigError: there is none; it says what is wrong with the preferred one.
+        MeshError: there is none; it says what is wrong with the preferred one.
     """
     models = list(_readable((config.model.student, config.model.teacher)))
     islands, tpu = islands_of(devices), devices[0].platform == "tpu"
@@ -87,7 +87,7 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
         if len(found) == most:
             break
     if not found:
-        raise ConfigError(
+        raise MeshError(
             f"mesh: no mesh of {len(devices)} devices fits models and batches; the first one: "
             f"{refused}"
         )

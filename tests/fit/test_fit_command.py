@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 
 from opd_jax.config_load import load_config
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, MeshError
+from opd_jax.fit import worker
 from opd_jax.fit.assess import drawn_with, stages_of
 from opd_jax.fit.changes import ACTIVATIONS, Case, changed, room_share, steps_of
 from opd_jax.fit.collectives import Collective
@@ -349,7 +351,7 @@ def test_auto_goes_on_until_a_target_fits(tmp_path, monkeypatch, capsys, answers
         assert auto
         asked.append(target)
         if answers[target] is None:
-            raise ConfigError(f"its batches do not suit {target}")
+            raise MeshError(f"its batches do not suit {target}")
         report = report_of(9 * 2**30 + (0 if answers[target] else 1))
         return dataclasses.replace(report, target=target)
 
@@ -366,3 +368,25 @@ def test_auto_goes_on_until_a_target_fits(tmp_path, monkeypatch, capsys, answers
         assert "its batches do not suit v5e:2x2" in said.err
     else:
         assert report["target"] == kept
+
+
+def test_auto_stops_at_an_error_that_no_number_of_devices_mends(tmp_path, monkeypatch, capsys):
+    """Through the worker: it tells its other half which errors those are."""
+    asked = []
+
+    def answered(folder, target):
+        asked.append(target)
+        worker.main(folder)
+        return json.loads(Path(folder, worker.ANSWER).read_text())
+
+    monkeypatch.setattr("opd_jax.fit.driver._answer", answered)
+    monkeypatch.setattr("opd_jax.fit.worker.logging.disable", lambda _: None)
+    monkeypatch.setattr("opd_jax.fit.setup.devices_of", lambda _: jax.devices()[:1])
+    monkeypatch.setattr("opd_jax.fit.driver.candidates", lambda _: ["h100:1", "h100:2", "h100:4"])
+    assert fit(tmp_path, "auto", "mesh.fsdp=1", "model.student=nowhere") == (2, None)
+    assert asked == ["h100:1"]
+    assert "nowhere: no such model folder" in capsys.readouterr().err
+    asked.clear()
+    assert fit(tmp_path, "auto", "mesh.fsdp=3") == (2, None)
+    assert asked == ["h100:1", "h100:2", "h100:4"]
+    assert "needs 3 devices, 1 are here" in capsys.readouterr().err
