@@ -148,6 +148,8 @@ def _tries(
 ) -> Iterator[Try]:
     """Changes for one program, each on top of those before, until it fits.
 
+    A change that is no config for the target is left out.
+
     Args:
         mesh: as the config has it, for more devices than the setup's.
     """
@@ -163,6 +165,7 @@ def _tries(
             setup = made()
         except ConfigError as error:
             say(f"that is no config: {error}")
+            said.pop()
             return None
         failing = _again(setup, program, failing.beside if within else None)
         fits, needed = failing.fits, failing.needed_bytes
@@ -175,11 +178,10 @@ def _tries(
             continue
         config = changed(setup.config, change[1])
         found = tried(functools.partial(open_setup, config, target.name), change[0])
-        if found is None:
-            return
-        yield found
-        if found.fits:
-            return
+        if found is not None:
+            yield found
+            if found.fits:
+                return
     if not within and (more := larger(setup.target)) is not None:
         config = setup.config.model_copy(update={"mesh": mesh})
         found = tried(functools.partial(open_setup, config, more), f"on {more}")

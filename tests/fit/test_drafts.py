@@ -11,6 +11,7 @@ import pytest
 
 from opd_jax.config_load import load_config
 from opd_jax.errors import ConfigError
+from opd_jax.fit import assess
 from opd_jax.fit.assess import within_training
 from opd_jax.fit.results import ProgramReport
 from opd_jax.fit.sampling import sampling_drafts
@@ -268,3 +269,23 @@ def test_a_pair_of_token_and_expert_is_counted_once_whatever_the_router_does(tmp
     # experts; and two gradients of each.
     products = 3 + 2 + 2 * 3
     assert found[1] - found[0] == 2 * products * width * hidden * layers * rows * length
+
+
+def test_a_change_that_is_no_config_is_left_out_and_the_next_ones_are_tried(monkeypatch):
+    """As where a quarter of the slots cannot be cut over the devices."""
+    setup, said = setup_of("mesh.fsdp=1", "mesh.tensor=2"), []
+    failing = program("rollout.decode", {"KV cache": 150}, {})
+
+    def opened(config, target):
+        if config.rollout.slots != setup.config.rollout.slots:
+            raise ConfigError("no such slots")
+        return dataclasses.replace(setup, config=config, target=parse_target(target))
+
+    monkeypatch.setattr(assess, "open_setup", opened)
+    monkeypatch.setattr(assess, "_again", lambda *_: failing)
+    tries = list(assess._tries(setup, failing, None, said.append))
+    assert [tried.change for tried in tries] == [
+        "mesh.fsdp=-1 alone",
+        "mesh.fsdp=-1 alone, on h100:4",
+    ]
+    assert "that is no config: no such slots" in said
