@@ -13,6 +13,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.fit.changes import Case, changed, room_share, steps_of
 from opd_jax.fit.compiling import compile_draft
 from opd_jax.fit.draft import Draft
+from opd_jax.fit.evaluation import EVALUATION, evaluation_drafts
 from opd_jax.fit.hardware import RESERVE
 from opd_jax.fit.results import Bytes, FitReport, ProgramReport, Try
 from opd_jax.fit.roofline import COMPUTE, LINKS, MEMORY
@@ -83,8 +84,10 @@ def assess(
         if quick and not programs[-1].fits:
             break
     programs += within_training(setup, programs)
+    if "rollout" in chosen and not (quick and not all(program.fits for program in programs)):
+        programs += within_evaluations(setup, programs, say)
     programs = [program for program in programs if program.stage not in inner]
-    failing = [program for program in programs if not program.fits and not quick]
+    failing = [x for x in programs if not (x.fits or quick or x.name.startswith(EVALUATION))]
     return FitReport(
         target=target,
         kind=setup.target.device.kind,
@@ -124,6 +127,33 @@ def within_training(setup: Setup, programs: Sequence[ProgramReport]) -> Iterator
                 )
 
 
+def within_evaluations(
+    setup: Setup, programs: Sequence[ProgramReport], say: Say
+) -> Iterator[ProgramReport]:
+    """Fresh samples of runs on stored rollouts, which they take beside their training state.
+
+    Evaluations are left out of the hours, so these count as never run.
+    """
+    by_name = {program.name: program for program in programs}
+    compiled: dict[tuple[str, str], ProgramReport] = {}
+    for name in setup.config.train.enabled:
+        run, step = setup.config.train.runs[name], by_name.get(f"train.{name}")
+        if step is None:
+            continue
+        for draft in evaluation_drafts(setup, run):
+            key = draft.name, draft.what
+            if key not in compiled:
+                say(f"compiling {draft.name}: {draft.what}")
+                compiled[key] = compile_draft(setup, draft)
+            yield dataclasses.replace(
+                compiled[key],
+                name=f"{draft.name}{WITHIN}{step.name}",
+                stage=step.stage,
+                runs=0.0,
+                beside=_beside_training(compiled[key], step, run),
+            )
+
+
 def _drawn(run: TrainRun) -> int:
     """Responses that a run draws itself."""
     if run.refresh is None:
@@ -135,7 +165,7 @@ def _beside_training(found: ProgramReport, step: ProgramReport, run: TrainRun) -
     """The state of a run lies beside; what is sampled with are its own parameters."""
     state = sum(step.parts.get(x, 0) for x in ("parameters", "moments", "frozen parameters"))
     beside = {**found.beside, **step.beside}
-    if found.name == "score":
+    if found.name in ("score", f"{EVALUATION}score"):
         beside.pop("teacher", None)  # it is the program's own argument
     elif run.lora is None:
         beside.pop("parameters", None)

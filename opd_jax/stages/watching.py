@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd_jax.config import SamplingConfig
 from opd_jax.config_train import TrainRun
 from opd_jax.core.progress import say, stage_line
 from opd_jax.data.collate import Scored
@@ -18,7 +17,7 @@ from opd_jax.stages.context import EncodedPrompt, RunContext
 from opd_jax.teacher.score import Scorer
 from opd_jax.train.jobs import objective_of
 from opd_jax.train.objective_probe import TopKProbe
-from opd_jax.train.probes import FreshProbe, HeldOutProbe, Probe
+from opd_jax.train.probes import FreshProbe, HeldOutProbe, Probe, fresh_sampling
 from opd_jax.train.sources import Packing
 
 
@@ -104,13 +103,7 @@ def fresh_probe(
     prompts: list[EncodedPrompt] = [p for p in ctx.encoded_prompts("opd") if p[0] in names]
     if not prompts:
         return None
-    rollout = ctx.config.rollout
-    sampling = SamplingConfig(
-        max_new_tokens=rollout.max_new_tokens,
-        min_new_tokens=rollout.min_new_tokens,
-        stop=rollout.stop,
-        slots=min(rollout.slots, 1 << (len(prompts) - 1).bit_length()),
-    )
+    sampling = fresh_sampling(ctx.config.rollout, len(prompts))
     answers = {prompt.id: prompt.answer for prompt in ctx.prompts("opd") if prompt.id in names}
     kind = ctx.config.evaluate.grader
     gradable = kind != "none" and any(answer is not None for answer in answers.values())

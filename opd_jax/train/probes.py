@@ -82,6 +82,16 @@ class AnswerProbe:
         return {"heldout_nll": nll, "heldout_teacher_nll": own, "heldout_gap": nll - own}
 
 
+def fresh_sampling(rollout: SamplingConfig, prompts: int) -> SamplingConfig:
+    """How so many prompts are answered at an evaluation: plainly, once, and all at a time."""
+    return SamplingConfig(
+        max_new_tokens=rollout.max_new_tokens,
+        min_new_tokens=rollout.min_new_tokens,
+        stop=rollout.stop,
+        slots=min(rollout.slots, 1 << (prompts - 1).bit_length()),
+    )
+
+
 @dataclass
 class FreshProbe:
     """Fresh samples of the student on held-out prompts: accuracy, length, reverse KL.

@@ -12,7 +12,8 @@ import pytest
 from opd_jax.config_load import load_config
 from opd_jax.errors import ConfigError
 from opd_jax.fit import assess
-from opd_jax.fit.assess import within_training
+from opd_jax.fit.assess import within_evaluations, within_training
+from opd_jax.fit.evaluation import evaluation_drafts
 from opd_jax.fit.results import ProgramReport
 from opd_jax.fit.sampling import sampling_drafts
 from opd_jax.fit.scoring import scoring_draft
@@ -22,6 +23,7 @@ from opd_jax.fit.training import training_draft
 from opd_jax.model.attention import ROW_BLOCK
 from opd_jax.model.experts import in_groups_anywhere
 from opd_jax.train.mesh_choice import mesh_of
+from opd_jax.train.probes import fresh_sampling
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 STUDENT = (2, 64, 192, 4, 2, 16, 24)  # layers, width, ffn, heads, kv heads, head dim, tokens
@@ -289,3 +291,44 @@ def test_a_change_that_is_no_config_is_left_out_and_the_next_ones_are_tried(monk
         "mesh.fsdp=-1 alone, on h100:4",
     ]
     assert "that is no config: no such slots" in said
+
+
+def test_fresh_samples_of_an_evaluation_are_compiled_as_it_takes_them():
+    guard = "train.runs.opd.guard"
+    sizes = ("rollout.slots=250", "rollout.samples_per_prompt=4", "train.runs.opd.heldout=80")
+    setup = setup_of(*sizes, f"{guard}.teacher=true", "score.top_k=4")
+    run = setup.config.train.runs["opd"]
+    prefill, decode, score = evaluation_drafts(setup, run)
+    names = ["evaluation.prefill", "evaluation.decode", "evaluation.score"]
+    assert [prefill.name, decode.name, score.name] == names
+    assert fresh_sampling(setup.config.rollout, 20).slots == 32
+    assert decode.what.startswith("32 slots, ")
+    steps = int(re.findall(r"(\d+) steps", decode.what)[0])
+    assert decode.runs == pytest.approx(20 * setup.config.rollout.max_new_tokens / (32 * steps))
+    assert score.what.endswith("top-k 0")
+    for nothing in ("train.runs.opd.heldout=0", f"{guard}.fresh=0"):
+        without = setup_of(nothing)
+        assert evaluation_drafts(without, without.config.train.runs["opd"]) == []
+    assert evaluation_drafts(setup, setup.config.train.runs["opd_online"]) == []
+
+
+def test_an_evaluation_has_the_training_state_beside_it(monkeypatch):
+    setup, said = setup_of("train.enabled=[opd,opd_topk]", "train.runs.opd.guard.teacher=true"), []
+    compiled = {
+        "evaluation.prefill": program("evaluation.prefill", {"parameters": 4}, {"KV cache": 5}),
+        "evaluation.decode": program("evaluation.decode", {"KV cache": 5}, {"parameters": 4}),
+        "evaluation.score": program("evaluation.score", {"parameters": 16}, {}),
+    }
+    monkeypatch.setattr(assess, "compile_draft", lambda _, draft: compiled[draft.name])
+    state = {"parameters": 4, "moments": 8, "batch": 1}
+    step, topk = program("train.opd", state, {"teacher": 16}), program("train.opd_topk", state, {})
+    found = {x.name: x for x in within_evaluations(setup, [step, topk], said.append)}
+    assert len(said) == 3  # the second run takes the same samples
+    assert {name: x.beside for name, x in found.items()} == {
+        "evaluation.prefill in train.opd": {"KV cache": 5, "teacher": 16, "training state": 8},
+        "evaluation.decode in train.opd": {"teacher": 16, "training state": 12},
+        "evaluation.score in train.opd": {"training state": 12},
+        "evaluation.prefill in train.opd_topk": {"KV cache": 5, "training state": 8},
+        "evaluation.decode in train.opd_topk": {"training state": 12},
+    }
+    assert {x.runs for x in found.values()} == {0.0}
