@@ -362,7 +362,7 @@ def run_tests(folder: Path, tests: str) -> tuple[bool, list[str]]:
     env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    failed = [line.split("::")[1] for line in told]
+    failed = [line.partition("::")[2] or line.split()[1] for line in told]  # or a whole file
     if done.returncode not in (0, 1):  # no tests, or a break that is none
         raise SystemExit(f"{tests}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
     return done.returncode == 0, sorted({name.split("[")[0].split(" ")[0] for name in failed})
