@@ -346,6 +346,10 @@ BREAKS = [
 ]
 
 
+RESULTS = ("FAILED tests/", "ERROR tests/")
+"""How pytest's lines begin that name a test, or a file that it could not import."""
+
+
 def copy(folder: Path) -> None:
     """The checkout's files that the tests need."""
     for name in COPIED:
@@ -361,7 +365,7 @@ def run_tests(folder: Path, tests: str) -> tuple[bool, list[str]]:
     command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "", "-q", *tests.split()]
     env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    told = [line for line in done.stdout.splitlines() if line.startswith(RESULTS)]
     failed = [line.partition("::")[2] or line.split()[1] for line in told]  # or a whole file
     if done.returncode not in (0, 1):  # no tests, or a break that is none
         raise SystemExit(f"{tests}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")

@@ -21,12 +21,12 @@ def compiled(*words):
 
 
 @pytest.mark.slow
-def test_copies_of_the_weights_in_one_slice_gather_no_hidden_states():
-    """Each takes its own rows' gradients of the embedding: one gathered them, in float32."""
+def test_copies_of_the_weights_in_one_slice_add_up_the_embedding_s_gradient_in_shards():
+    """It was added up whole, over all devices; of large batches all rows' gradients were gathered."""
     found = compiled("v5e:2x4", "2", "4")
-    gathered = {x["axes"] for x in found["sent"] if x["kind"] == "all-gather"}
-    assert "fsdp" in gathered
-    assert "data+fsdp" not in gathered
+    sent = {(x["kind"], x["axes"]): x["sent_bytes"] for x in found["sent"]}
+    assert sent["all-reduce", "data"] > 0.5 * found["parameters"]
+    assert sent.get(("all-reduce", "data+fsdp"), 0.0) < 0.01 * found["parameters"]
 
 
 @pytest.mark.slow

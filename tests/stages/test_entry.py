@@ -239,7 +239,7 @@ def test_a_forced_stage_that_was_killed_leaves_nothing_of_the_old_one(copy_of):
 
 def test_the_same_forced_command_goes_on_where_it_was_ended(copy_of, capsys, monkeypatch):
     """As a queue gives it again, with `--force`: trained steps and the old model are kept."""
-    words = [*arguments(copy_of, RUNS, *MESH), "--stages", "train.opd", "--force", "train"]
+    words = [*arguments(copy_of, RUNS, *MESH), "--stages", "train.opd", "--force", "train.opd"]
     model = copy_of / "checkpoints" / "opd" / "model"
     lines = (copy_of / "metrics.jsonl").read_text()
     old = {path.name: path.read_bytes() for path in model.rglob("*.safetensors")}
