@@ -22,7 +22,7 @@ def compiled(*words):
 
 @pytest.mark.slow
 def test_copies_of_the_weights_in_one_slice_add_up_the_embedding_s_gradient_in_shards():
-    """It was added up whole, over all devices; of large batches all rows' gradients were gathered."""
+    """It was added up whole over all devices; of large batches all rows were gathered."""
     found = compiled("v5e:2x4", "2", "4")
     sent = {(x["kind"], x["axes"]): x["sent_bytes"] for x in found["sent"]}
     assert sent["all-reduce", "data"] > 0.5 * found["parameters"]
