@@ -154,14 +154,15 @@ def print_table(seeds, objectives, rates):
 def predictors(seeds):
     """How well each figure that needs no teacher orders states by their fresh reverse KL.
 
-    `rank` is Spearman's correlation over all evaluations of offline runs; `limit` the value beyond
+    `rank` is Spearman's correlation over all evaluations of runs of sampled tokens from one set of
+    rollouts, which the limits are for; `limit` the value beyond
     which a state is called lost, with the share of lost states it finds and of others it blames. A
     state is lost if its reverse KL is above that before training.
     """
     states = []
     for found in seeds.values():
-        for steps in found.values():
-            if 0 in steps and "heldout_w_std" in steps[0]:
+        for name, steps in found.items():
+            if name.startswith(("sampled-", "capped-")) and 0 in steps:
                 first = steps[0]["fresh_reverse_kl"]
                 states += [(e, e["fresh_reverse_kl"] > first) for s, e in steps.items() if s]
     lines = {}
