@@ -30,6 +30,7 @@ BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
 MAX_BLOCK = 4096  # a float32 sum of more terms, one after the other, loses digits
 KEPT_LOGITS = 2**27  # half a GiB
+CHOSEN_ROWS = 2**25  # numbers of a device of a mesh: each part is one more exchange with the others
 
 
 class ChosenLogprobs(NamedTuple):
@@ -91,9 +92,10 @@ def chosen_logprobs(
     return ChosenLogprobs(*(front.give_back(x) for x in found))
 
 
-def _pieces(t: int, entries: int, ways: int) -> int:
-    """Time steps at once, of `entries` numbers each: below `BLOCK_LOGITS`, or one of each part."""
-    return min(t, max(1, BLOCK_LOGITS // entries // ways) * ways)
+def _pieces(t: int, entries: int, ways: int, limit: int) -> int:
+    """Time steps at once, of `entries` numbers each: at most `limit`, or one of each part."""
+    count = -(-t // (max(1, limit // entries // ways) * ways))
+    return -(-t // count // ways) * ways
 
 
 def pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
@@ -172,32 +174,42 @@ def _chosen_bwd(
         hidden_btd, head_vd = _normaliser_grads(saved, -jnp.sum(grad_bts[:, :n], axis=-1), plan)
         return _longer(hidden_btd, 1, t), head_vd
 
-    ways = 1 if plan.mesh is None else axis_size(plan.mesh, "time")
     found = over_the_first(saved.number, t, of_first)
-    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, found, ways)
+    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, found, plan.mesh)
     return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None, None
 
 
 def _add_chosen_grads(
-    saved: _Saved, grad_bts: jax.Array, grads: tuple[jax.Array, jax.Array], ways: int
+    saved: _Saved,
+    grad_bts: jax.Array,
+    grads: tuple[jax.Array, jax.Array],
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What the chosen rows' products give, added in float32, some time steps at once.
 
+    Each copy of the head on a mesh takes its own rows of the batch, in shards of the head's width.
+
     Args:
         grads: of hidden states and head, so far.
-        ways: into how many parts the mesh cuts t.
     """
     hidden_grad_btd, head_grad_vd = grads
     b, t, s = grad_bts.shape
-    chunk = _pieces(t, b * s * saved.hidden_btd.shape[-1], ways)
+    entries, ways, limit = b * s * saved.hidden_btd.shape[-1], 1, BLOCK_LOGITS
+    if mesh is not None and mesh.size > 1:
+        ways, limit = axis_size(mesh, "time"), CHOSEN_ROWS
+        entries = -(-entries // (axis_size(mesh, "copies") * axis_size(mesh, "embed")))
+    chunk = _pieces(t, entries, ways, limit)
+
+    def in_shards(x_bcsd: jax.Array) -> jax.Array:
+        return constrain(x_bcsd, mesh, ("copies", "replicated", "replicated", "embed"), "head rows")
 
     def body(head_grad: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden_bcd, ids_bcs, grad_bcs = xs
-        rows_bcsd = jnp.take(saved.head_vd, ids_bcs, axis=0)
+        rows_bcsd = in_shards(jnp.take(saved.head_vd, ids_bcs, axis=0))
         hidden_grad = jnp.einsum(
             "bcs,bcsd->bcd", grad_bcs, rows_bcsd, preferred_element_type=jnp.float32
         )
-        add_bcsd = grad_bcs[..., None] * hidden_bcd[:, :, None].astype(jnp.float32)
+        add_bcsd = in_shards(grad_bcs[..., None] * hidden_bcd[:, :, None].astype(jnp.float32))
         return head_grad.at[ids_bcs].add(add_bcsd), hidden_grad
 
     arrays = (saved.hidden_btd, saved.ids_bts, grad_bts)

@@ -72,7 +72,8 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, keep, mesh, monkeypatc
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gradient_where_a_mesh_cuts_the_tokens(parts, monkeypatch):
-    monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 50)  # chunks of one token of each part
+    for limit in ("BLOCK_LOGITS", "CHOSEN_ROWS"):  # chunks of one token of each part
+        monkeypatch.setattr(logprobs, limit, 50)
     hidden, head, ids, weight = arrays(2, 12, 8, 38, 2)
 
     def total(mesh, hidden, head):
