@@ -209,6 +209,8 @@ def _add_chosen_grads(
         hidden_grad = jnp.einsum(
             "bcs,bcsd->bcd", grad_bcs, rows_bcsd, preferred_element_type=jnp.float32
         )
+        # Else the probabilities would be gathered, to have all of the gradient in these shards.
+        hidden_grad = constrain(hidden_grad, mesh, ("batch", "time", "replicated"), "head gradient")
         add_bcsd = in_shards(grad_bcs[..., None] * hidden_bcd[:, :, None].astype(jnp.float32))
         return head_grad.at[ids_bcs].add(add_bcsd), hidden_grad
 
