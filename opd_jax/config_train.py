@@ -99,6 +99,11 @@ class SFTConfig(LoopConfig):
     @model_validator(mode="after")
     def _rows_fill_micro_batches(self) -> SFTConfig:
         _whole_micro_batches(self)
+        if self.stop_when_saturated and not self.heldout:
+            raise ValueError(
+                "stop_when_saturated needs held-out answers, and heldout is 0; raise it, or leave "
+                "that key out"
+            )
         return self
 
 

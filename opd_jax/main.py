@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline, or look after a store.
 
     The exit code is 2 for what the user can repair, 3 for a store that `--verify` finds damaged or
-    a config that `--fit` finds too large, 4 if another process is gone or never came, 130 for
-    Ctrl-C, 143 for SIGTERM. It is 1 for what a restart may get over: processes that cannot join,
-    a network folder that fails for a while (`PASSING`), and errors of this program.
+    a config that `--fit` finds too large, 4 if another process is gone, 130 for Ctrl-C, 143 for
+    SIGTERM. It is 1 for what a restart may get over: processes that cannot join or never come, a
+    network folder that fails for a while (`PASSING`), and errors of this program.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     goes_on = ""

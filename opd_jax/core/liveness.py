@@ -28,6 +28,7 @@ SIGN_SECONDS = 2.0
 RETRY_SECONDS = 20.0
 """For so long a service that does not answer is asked again."""
 LOST = 4
+NEVER_JOINED = 1
 """Exit code of a process that ends because another one did: the same command goes on."""
 JOIN_SECONDS, JOIN_MARGIN = 300, 15
 """Whoever has waited so long for the others is aborted by JAX, and told of it so long before."""
@@ -166,9 +167,12 @@ def _await_others(joined: threading.Event) -> None:
             return
     if joined.wait(JOIN_SECONDS - JOIN_MARGIN):
         return
+    line = f"opd_jax: error: {_not_all_joined()}; {AGAIN}"
+    if joined.is_set():  # the last one came while this one looked
+        return
     with contextlib.suppress(OSError):
-        print(f"opd_jax: error: {_not_all_joined()}; {AGAIN}", file=sys.stderr, flush=True)
-    os._exit(LOST)  # the main thread is in JAX's call
+        print(line, file=sys.stderr, flush=True)
+    os._exit(NEVER_JOINED)  # the main thread is in JAX's call
 
 
 def _not_all_joined() -> str:

@@ -3,7 +3,7 @@
 The file is only appended to and flushed line by line, so a kill costs at most a torn last line,
 which the next writer takes away. A resumed run drops its own lines from its first step on, and an
 evaluation that it makes anew, with its first line: nothing appears twice, and a run that ends
-before it has a line leaves those of an earlier one.
+before it has a line leaves those of an earlier one (TensorBoard's are dropped at once).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class MetricsWriter:
         path = Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
+        read_metrics(run_dir)  # a damaged line is told before any work
         self._drop = functools.partial(_drop_steps, path, stage, run, start_step, again)
         self._path = path
         self._file: TextIO | None = None

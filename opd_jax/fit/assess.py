@@ -233,7 +233,7 @@ def _hours(setup: Setup, programs: Sequence[ProgramReport]) -> dict[str, float]:
     for program in programs:
         seconds = program.time.seconds if program.time else 0.0
         hours[program.stage] += program.runs * seconds * setup.mesh.size / 3600
-    unknown = {program.stage for program in programs if program.time is None}
+    unknown = {program.stage for program in programs if program.runs and program.time is None}
     return {stage: value for stage, value in hours.items() if stage not in unknown}
 
 

@@ -147,7 +147,8 @@ def check_memory(
     ways = whole = 1
     if mesh is not None and platform_of(mesh) != "cpu":
         kv_ways = axis_size(mesh, "kv_heads")
-        ways, whole = plan.pages.shards * kv_ways, mesh.size
+        # Rows are cut over the copies, weights are not.
+        ways, whole = plan.pages.shards * kv_ways, mesh.size // axis_size(mesh, "copies")
     free = free_bytes(mesh)
     if free is None:
         return

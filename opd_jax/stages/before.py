@@ -29,8 +29,9 @@ def check_inputs(ctx: RunContext, kinds: set[str]) -> None:
         runs = {f"train.runs.{name}": config.train.runs[name] for name in config.train.enabled}
         sampled = {key: run for key, run in runs.items() if run.algorithm != "sft"}
         _check_enough(_fitting(ctx, "opd", config.rollout), config.rollout, sampled)
-        for key, run in runs.items() if "train" in kinds else ():
-            check_judged(ctx, key, run)
+        for name in config.train.enabled if "train" in kinds else ():
+            if ctx.records.done(f"train.{name}") is None:
+                check_judged(ctx, f"train.runs.{name}", config.train.runs[name])
     if "evaluate" in kinds:
         _fitting(ctx, "eval", config.evaluate)
         _check_answers(ctx)

@@ -22,7 +22,7 @@ from opd_jax.core.mesh import axis_size
 from opd_jax.core.progress import say, stage_line
 from opd_jax.core.run_lock import run_lock
 from opd_jax.data.store_files import StoreFiles
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import ConfigError, DataError, OPDError
 from opd_jax.report.page import build_report
 from opd_jax.report.terminal import print_results
 from opd_jax.stages import answer, evaluate, export, plan, rollout, score, sft, train
@@ -91,17 +91,15 @@ def run(
         store = f"store {config.store}, " if config.store else ""
         say(f"run_dir {_shown(ctx.run_dir)}, {store}{_devices(ctx.mesh)}")
         check_inputs(ctx, {name.split(".")[0] for name in chosen})
-        if share is None:
-            ctx.records.redo(forced)
+        ctx.records.redo(forced)
         for stage in all_stages:
             barrier(stage.name)
             if stage.name in chosen:
                 _run_stage(ctx, stage, forced)
                 ctx.release_models()
         if share is None:
-            ctx.records.redo([])
-        if share is None:
             _report(ctx, names, tables=stages is None or "report" in stages)
+        ctx.records.all_redone(forced)
 
 
 def open_run(
@@ -163,8 +161,10 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
     if stage.name in forced:
         if not ctx.records.is_redone(stage.name, inputs, forced):
             ctx.records.set_aside(stage.name, written, inputs)
-        elif ctx.records.done(stage.name) is None:
-            say(stage_line(stage.name, "goes on: --force has begun it anew before"))
+        else:
+            done = ctx.records.done(stage.name) is not None
+            how = "was done by the same --force" if done else "goes on: --force has begun it before"
+            say(stage_line(stage.name, how))
         barrier(f"aside {stage.name}")
     here = all(exists(artefact) for artefact in stage.artefacts())
     if not here and not any(exists(artefact) for artefact in written):
@@ -175,6 +175,7 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
     gap = "" if record is None else stage.gap(record["outputs"])
     if record is not None and not gap:
         say(stage_line(stage.name, f"done before, in {record['seconds']:.1f} s"))
+        ctx.records.drop_aside(stage.name, written)  # if the process was killed just then
         return
     if gap:
         say(stage_line(stage.name, f"done before, but {gap}: making it good"))
@@ -185,8 +186,10 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
         with _timed(ctx, part, inputs) as elapsed:
             outcome = stage.run()
             spent = elapsed()
-    except BaseException:
+    except BaseException as error:
         ctx.records.put_back(stage.name, written)
+        if isinstance(error, OPDError) and not isinstance(error.__cause__, OSError):
+            ctx.records.forget_begun(stage.name)  # it may be what the message asks for
         raise
     barrier(f"end of {stage.name}")
     if ctx.share is not None:
@@ -205,6 +208,8 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
         },
     )
     ctx.records.drop_aside(stage.name, written)
+    if stage.name not in forced:
+        ctx.records.forget_begun(stage.name)
 
 
 def _cost(ctx: RunContext, name: str, spent: Spent, before: Json | None) -> Json:

@@ -1,9 +1,9 @@
 """What is known of a stage on disk: what it was started with, what it cost, how it ended.
 
 `stages/NAME.json` is written last. `stages/NAME.started.json` holds the inputs of a stage that is
-under way and what it took so far, earlier, interrupted tries included. `stages/forced.json` is
-there while a command with `--force` is not done: which stages it redoes, and with which inputs it
-has begun to. Given again, it goes on.
+under way and what it took so far, earlier, interrupted tries included. `.forced.json` in the run
+folder is there while a command with `--force` is not done: which stages it redoes, and with which
+inputs it has begun to. Given again, it goes on.
 """
 
 from __future__ import annotations
@@ -177,22 +177,32 @@ class StageRecords:
         self.drop_started(name)
 
     def redo(self, names: Sequence[str]) -> None:
-        """Note which stages a command redoes, unless it is the one that is under way; or none."""
-        if not is_first():
-            return
-        if not names:
-            self._forced.unlink(missing_ok=True)
-        elif self._begun(names) is None:
+        """Note which stages a command redoes, unless it is the one that is under way."""
+        if is_first() and names and self._begun(names) is None:
             write_json(self._forced, {"stages": list(names), "begun": {}})
 
     def is_redone(self, name: str, inputs: Json, names: Sequence[str]) -> bool:
-        """Whether the command that redoes these stages has begun this one, with these inputs."""
-        begun = (self._begun(names) or {}).get(name)
+        """Whether the command that redoes these stages has begun this one, with these inputs.
+
+        Process 0 looks, which alone puts things aside.
+        """
+        begun = (self._begun(names) or {}).get(name) if is_first() else None
         return begun is not None and begun == json.loads(json.dumps(inputs))
+
+    def all_redone(self, names: Sequence[str]) -> None:
+        """Forget the command that redoes these stages: it is done."""
+        if is_first() and self._begun(names) is not None:
+            self._forced.unlink(missing_ok=True)
+
+    def forget_begun(self, name: str) -> None:
+        """The next command with `--force` redoes the stage, also the one that has begun to."""
+        if is_first():
+            with contextlib.suppress(DataError):  # of what this one is told about
+                self._note_begun(name, None)
 
     @property
     def _forced(self) -> Path:
-        return self.folder / "forced.json"
+        return self.folder.parent / ".forced.json"
 
     def _begun(self, names: Sequence[str]) -> Json | None:
         """Inputs of what an unfinished command with these stages has begun; `None`: no such one."""
@@ -210,11 +220,13 @@ class StageRecords:
     def set_aside(self, name: str, artefacts: Sequence[Artefact], inputs: Json) -> None:
         """Put away what a stage wrote, and then its record, until the stage is complete again.
 
-        What is put away already is what was complete: an unfinished try after it is removed. An
-        object store cannot rename: what lies there is removed, after the stage's record.
+        What is put away already is what was complete, and an unfinished try after it is removed;
+        unless that has its record, when only the removal of the older one was cut short. An object
+        store cannot rename: what lies there is removed, after the stage's record.
         """
         if not is_first():
             return
+        complete = self._final(name).exists()
         stores = [artefact for artefact in artefacts if isinstance(artefact, StoreFiles)]
         if stores:
             self._final(name).unlink(missing_ok=True)
@@ -222,9 +234,10 @@ class StageRecords:
         for store in stores:
             store.remove()
         for path in self._local(name, artefacts):
-            if path.exists() and _aside(path).exists():
+            if path.exists() and _aside(path).exists() and not complete:
                 _remove(path)
             elif path.exists():
+                _remove(_aside(path))
                 path.rename(_aside(path))
         self.drop_started(name)
         self._note_begun(name, inputs)
@@ -240,12 +253,12 @@ class StageRecords:
         """
         if not is_first() or any(exists(a) and not _is_bare(a) for a in artefacts):
             return
+        self.forget_begun(name)
         for path in self._local(name, artefacts):
             if _aside(path).exists():
                 _remove(path)
                 _aside(path).rename(path)
                 self._started(name).unlink(missing_ok=True)
-        self._note_begun(name, None)
 
     def drop_aside(self, name: str, artefacts: Sequence[Artefact]) -> None:
         """Remove what `set_aside` put away."""

@@ -14,7 +14,7 @@ from opd_jax.stages.context import RunContext, lineage_file
 from opd_jax.stages.records import Artefact, Json
 from opd_jax.stages.rounds import Rollouts, RoundRollouts, round_inputs, rounds_folder
 from opd_jax.stages.training import Prepared, TrainTask, prepare_answers, train
-from opd_jax.stages.watching import fresh_probe, rollout_probe, tell_if_unwatched
+from opd_jax.stages.watching import check_probe, fresh_probe, rollout_probe, tell_if_unwatched
 from opd_jax.teacher.consistency import (
     check_same_model,
     check_same_tokenizer,
@@ -142,6 +142,7 @@ def _offline(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Js
         check_same_model(live, scored, "the teacher of the scores", where, "score")
         teacher = Scorer(*ctx.model("teacher"), batch_tokens=ctx.config.score.batch_tokens)
     fresh = fresh_probe(ctx, config, [snapshot.keys[i][0] for i in kept], teacher)
+    check_probe(stage, config, fresh)
     remedy = REFRESH if config.refresh is None else REMEDY
     guard = Guard(config.guard, limited=config.objective == "sampled", remedy=remedy)
     prepared = Prepared(source, [*probes, *([fresh] if fresh else [])], guard, rounds=rounds)
@@ -200,6 +201,7 @@ def _online(ctx: RunContext, name: str, config: TrainRun) -> tuple[Prepared, Jso
     packing = _packing(ctx, config, longest, support)
     source = online_source(teacher, config, packing)
     fresh = fresh_probe(ctx, config, sorted(out), scorer)
+    check_probe(f"train.{name}", config, fresh)
     return Prepared(source, [fresh] if fresh else [], Guard(config.guard)), lineage
 
 

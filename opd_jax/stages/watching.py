@@ -55,15 +55,24 @@ def check_judged(ctx: RunContext, key: str, run: TrainRun) -> None:
     Stored rollouts tell of drift, which is a danger to the sampled-token objective alone; all else
     takes fresh samples that are graded or scored.
     """
-    drifts = run.algorithm == "lightning_opd" and run.objective == "sampled"
-    asked = _left_to_evaluations(run)
-    if drifts or not asked:
-        return
     scored = run.algorithm == "opd" or run.guard.teacher
     graded = ctx.config.evaluate.grader != "none" and any(
         prompt.answer is not None for prompt in ctx.prompts("opd")
     )
-    if run.guard.fresh and (scored or graded):
+    _refuse_unjudged(key, run, scored, graded)
+
+
+def check_probe(key: str, run: TrainRun, fresh: FreshProbe | None) -> None:
+    """`check_judged` of the held-out prompts that there are."""
+    scored = fresh is not None and fresh.teacher is not None
+    graded = fresh is not None and fresh.grade is not None
+    _refuse_unjudged(key, run, scored, graded)
+
+
+def _refuse_unjudged(key: str, run: TrainRun, scored: bool, graded: bool) -> None:
+    drifts = run.algorithm == "lightning_opd" and run.objective == "sampled"
+    asked = _left_to_evaluations(run)
+    if drifts or not asked or (run.guard.fresh and (scored or graded)):
         return
     needs = "guard.fresh" if scored or graded else "guard.teacher=true, or prompts with answers and"
     raise ConfigError(
@@ -92,7 +101,7 @@ def rollout_probe(
 
 def fresh_probe(
     ctx: RunContext, run: TrainRun, kept: Sequence[str], teacher: Scorer | None
-) -> Probe | None:
+) -> FreshProbe | None:
     """Fresh answers to held-out prompts; `None` if the run asks for none, or there are no prompts.
 
     Args:
@@ -106,7 +115,8 @@ def fresh_probe(
     sampling = fresh_sampling(ctx.config.rollout, len(prompts))
     answers = {prompt.id: prompt.answer for prompt in ctx.prompts("opd") if prompt.id in names}
     kind = ctx.config.evaluate.grader
-    gradable = kind != "none" and any(answer is not None for answer in answers.values())
+    # Of a single one no error is known, without which nothing is judged by it.
+    gradable = kind != "none" and sum(answer is not None for answer in answers.values()) > 1
 
     def right(record: Record) -> bool | None:
         answer = answers[record.prompt_id]

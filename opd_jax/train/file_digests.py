@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -43,13 +44,20 @@ def file_digests(folder: Path) -> dict[str, str]:
         for row, name in enumerate(names[rank::count], 1):
             share[row] = np.frombuffer(bytes.fromhex(sha256_of(folder / name)), np.uint8)
     except OSError as found:
-        error, share[0] = found, 1
+        error = found
+        share[0, 0] = 1
+        share[0, 1:5] = np.frombuffer(np.int32(found.errno or 0).tobytes(), np.uint8)
     shares = np.asarray(multihost_utils.process_allgather(share))
     if error is not None:
         raise error
-    failed = shares[:, 0].any(axis=1)
+    failed = shares[:, 0, 0] > 0
     if failed.any():
-        raise DataError(f"{folder}: process {int(failed.argmax())} could not read its share")
+        first = int(failed.argmax())
+        number = int(np.frombuffer(shares[first, 0, 1:5].tobytes(), np.int32)[0])
+        cause = OSError(number, os.strerror(number))  # whether a restart may help hangs on it
+        raise DataError(
+            f"{folder}: process {first} could not read back its share ({cause.strerror})"
+        ) from cause
     rows = shares[:, 1:].swapaxes(0, 1).reshape(-1, SHA256_BYTES)[: len(names)]
     return {name: row.tobytes().hex() for name, row in zip(names, rows, strict=True)}
 

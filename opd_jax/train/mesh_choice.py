@@ -54,7 +54,8 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
     """Meshes that fit the devices, both models and the batches, the preferred one first.
 
     Each uses other axes than those before, or cuts another number of ways: not other copies, but
-    for one in each of several nodes of GPUs, whose network is slower than what joins their cards.
+    for one in each of several nodes of GPUs, whose network is slower than what joins their cards,
+    and on TPUs for one in each slice, which takes the least memory.
 
     A model that cannot be read has no say; whatever needs it tells what is wrong with it.
 
@@ -65,7 +66,7 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
     islands, tpu = islands_of(devices), devices[0].platform == "tpu"
     experts = math.gcd(*(arch.num_experts for arch in models))
     memory = TPU_MEMORY.get(devices[0].device_kind, 0) if tpu else 0
-    found: dict[tuple[int, ...], MeshConfig] = {}
+    found: dict[tuple[int | bool, ...], MeshConfig] = {}
     refused: ConfigError | None = None
     for mesh in proposals(
         len(devices),
@@ -74,8 +75,7 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
         experts_first=not tpu,
         least=_least_devices(config, memory),
     ):
-        nodes = mesh.data if not tpu and mesh.data == len(islands) else 1
-        kind = mesh.tensor, mesh.context, mesh.expert, nodes
+        kind = mesh.tensor, mesh.context, mesh.expert, mesh.data == len(islands) > (0 if tpu else 1)
         if kind in found:
             continue
         try:
@@ -107,7 +107,7 @@ def _least_devices(config: Config, memory: int) -> float:
         return math.inf
     used = ((config.model.student, TRAINED), (config.model.teacher, SCORING))
     sizes = (each * _parameters(arch) for path, each in used for arch in _readable((path,)))
-    return max(sizes, default=0) / (SMALL * memory)
+    return max(sizes, default=math.inf) / (SMALL * memory)
 
 
 def _parameters(arch: Architecture) -> int:

@@ -53,7 +53,8 @@ def test_chosen_logprobs_equal_the_oracle(v, rows, mesh):
     ("rows", "keep"), [(1, False), (4, True), (7, False), (7, True), (None, True)]
 )
 def test_gradient_equals_autodiff_of_the_plain_form(rows, keep, mesh, monkeypatch):
-    monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 100)  # the chosen rows too come in chunks
+    for limit in ("BLOCK_LOGITS", "CHOSEN_ROWS"):  # the chosen rows too come in chunks
+        monkeypatch.setattr(logprobs, limit, 100)
     hidden, head, ids, weight = arrays(3, 7, 6, 38, 2)
 
     def plain(hidden, head):

@@ -79,8 +79,8 @@ def test_who_waits_in_vain_for_the_others_is_told_before_jax_aborts_it():
         nobody.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{nobody.getsockname()[1]}"
         command = [sys.executable, "-c", code, where]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == liveness.LOST
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == liveness.NEVER_JOINED
     last = done.stderr.splitlines()[-1]
     assert last.startswith("opd_jax: error: process 1 (")
     assert f"not all 2 processes have joined at {where}; it cannot be reached from here (" in last

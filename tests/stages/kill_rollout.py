@@ -117,7 +117,9 @@ def main(folder):
         starting = await_commit(pid, killed)
         more = committed_records(killed) + moments.randrange(most)
         await_count(pid, lambda: committed_records(killed), more)
-        time.sleep(moments.uniform(0, SECONDS_OF_A_COMMIT))
+        ready = time.monotonic() + moments.uniform(0, SECONDS_OF_A_COMMIT)
+        while time.monotonic() < ready and committed_records(killed) < more + most // 4:
+            time.sleep(0.002)
         kept.append(kill(pid, killed))
         if number < EARLY:
             pid = fork(folder, killed, *rollout)

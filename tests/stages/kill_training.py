@@ -56,9 +56,9 @@ def end(pid, run_dir, number, after_step, delay):
     began = time.monotonic()
     if after_step:
         wait_until(pid, lambda: saved(run_dir) > before)
-    # A machine that has become faster since the delays were chosen takes two steps more, not all.
+    # A machine that has become faster since the delays were chosen takes a step or two, not all.
     ready = time.monotonic() + delay
-    wait_until(pid, lambda: time.monotonic() >= ready or saved(run_dir) > before + 2)
+    wait_until(pid, lambda: time.monotonic() >= ready or saved(run_dir) > before + 1)
     os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
     code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - began

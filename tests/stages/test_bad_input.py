@@ -145,7 +145,7 @@ def test_an_online_run_s_prompts_are_counted_before_any_work(refused, tmp_path):
 
 def test_saturation_that_nothing_can_show_is_refused(refused):
     text = refused("sft.heldout=0", "sft.stop_when_saturated=true")
-    assert "sft.stop_when_saturated needs held-out answers, and there are none" in text
+    assert "stop_when_saturated needs held-out answers, and heldout is 0" in text
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_any_work(refused, teacher, tmp_path):

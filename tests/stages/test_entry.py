@@ -257,11 +257,11 @@ def test_the_same_forced_command_goes_on_where_it_was_ended(copy_of, capsys, mon
     assert code == 0
     said = capsys.readouterr()
     assert "the same command goes on from here" in said.err
-    assert "train.opd           goes on: --force has begun it anew before" in said.out
+    assert "train.opd           goes on: --force has begun it before" in said.out
     assert {path.name: path.read_bytes() for path in model.rglob("*.safetensors")} == old
     assert len((copy_of / "metrics.jsonl").read_text().splitlines()) == len(lines.splitlines())
     assert not list(copy_of.rglob(".*.replaced"))
-    assert not (copy_of / "stages" / "forced.json").exists()
+    assert not (copy_of / ".forced.json").exists()
 
 
 def test_a_report_needs_no_prompts_and_no_models(copy_of, capsys):

@@ -63,5 +63,30 @@ def test_a_redo_that_was_cut_short_goes_on_and_the_complete_one_is_kept(tmp_path
     assert command("sft", "train.opd")[1]
     assert not command("train.opd")[1]  # another command
     records.set_aside("train.opd", [folder], inputs)
-    command()  # one that redoes nothing
+    command()  # one that redoes nothing, as for the report
+    records, begun = command("train.opd")
+    assert begun
+    records.all_redone(["train.opd"])
     assert not command("train.opd")[1]
+
+
+def test_what_is_complete_is_put_aside_though_the_one_before_is_still_there(tmp_path):
+    """A kill between a stage's record and the removal of what it had replaced."""
+    folder, records = tmp_path / "opd", StageRecords(tmp_path)
+    for text in ("older", "newer"):
+        folder.mkdir()
+        (folder / "model").write_text(text)
+        records.finish("train.opd", {"inputs": {}, "seconds": text})
+        records.set_aside("train.opd", [folder], {})
+    records.put_back("train.opd", [folder])
+    assert (folder / "model").read_text() == "newer"
+    assert records.done("train.opd")["seconds"] == "newer"
+
+
+def test_after_an_error_the_same_command_redoes_the_stage(tmp_path):
+    records = StageRecords(tmp_path)
+    records.redo(["rollout"])
+    records.set_aside("rollout", [], {})
+    assert records.is_redone("rollout", {}, ["rollout"])
+    records.forget_begun("rollout")
+    assert not records.is_redone("rollout", {}, ["rollout"])

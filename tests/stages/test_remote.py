@@ -71,7 +71,7 @@ def test_a_forced_stage_that_fails_is_not_done_when_its_store_is_far(bucket, tmp
     records.finish("rollout", {"seconds": 1.0})
     store.write("commits/a.json", b"1")
     texts.mkdir()
-    records.set_aside("rollout", [texts, store])
+    records.set_aside("rollout", [texts, store], {})
     assert records.done("rollout") is None
     assert not exists(texts)
     assert not exists(store)

@@ -25,6 +25,8 @@ EXPERTS = {
 ROWS, ROW_TOKENS, SUPPORT = 8, 48, 3
 EIGHT = {
     "fsdp 8": ({"fsdp": 8}, {}),
+    "data 2 x fsdp 4": ({"data": 2, "fsdp": 4}, {}),
+    "data 2 x fsdp 2 x context 2": ({"data": 2, "fsdp": 2, "context": 2}, {}),
     "fsdp 4 x tensor 2": ({"fsdp": 4, "tensor": 2}, {}),
     "fsdp 2 x expert 4": ({"fsdp": 2, "expert": 4}, EXPERTS),
     "fsdp 2 x context 4": ({"fsdp": 2, "context": 4}, {}),

@@ -104,7 +104,9 @@ def test_one_that_cannot_read_its_share_stops_all(together, tmp_path, monkeypatc
     assert isinstance(found[1], OSError)
     for error in (found[0], found[2]):
         assert isinstance(error, DataError)
-        assert str(error) == f"{tmp_path}: process 1 could not read its share"
+        told = "process 1 could not read back its share (Input/output error)"
+        assert str(error) == f"{tmp_path}: {told}"
+        assert error.__cause__.errno == 5  # by which a launcher starts all of them again
 
 
 def test_a_file_that_one_sees_late_is_waited_for(together, read, tmp_path, monkeypatch):
