@@ -185,17 +185,16 @@ def _add_chosen_grads(
     grads: tuple[jax.Array, jax.Array],
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the chosen rows' products give, added in float32, some time steps at once.
+    """What the chosen rows' products give, added to `grads` in float32, some time steps at once.
 
     Each copy of the head on a mesh takes its own rows of the batch, in shards of the head's width.
-
-    Args:
-        grads: of hidden states and head, so far.
     """
     hidden_grad_btd, head_grad_vd = grads
     b, t, s = grad_bts.shape
     entries, ways, limit = b * s * saved.hidden_btd.shape[-1], 1, BLOCK_LOGITS
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None and (mesh.size == 1 or b % axis_size(mesh, "batch")):
+        mesh = None  # it cuts nothing, or could not cut these rows
+    if mesh is not None:
         ways, limit = axis_size(mesh, "time"), CHOSEN_ROWS
         entries = -(-entries // (axis_size(mesh, "copies") * axis_size(mesh, "embed")))
     chunk = _pieces(t, entries, ways, limit)
