@@ -28,8 +28,9 @@ SIGN_SECONDS = 2.0
 RETRY_SECONDS = 20.0
 """For so long a service that does not answer is asked again."""
 LOST = 4
-NEVER_JOINED = 1
 """Exit code of a process that ends because another one did: the same command goes on."""
+NEVER_JOINED = 1
+"""That of one that ends because another one never came."""
 JOIN_SECONDS, JOIN_MARGIN = 300, 15
 """Whoever has waited so long for the others is aborted by JAX, and told of it so long before."""
 AGAIN = "start the same command on every host again, it goes on from here"
