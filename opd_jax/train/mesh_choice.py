@@ -75,7 +75,8 @@ def choices(config: Config, devices: Sequence[Any], most: int = MOST_COMPILED) -
         experts_first=not tpu,
         least=_least_devices(config, memory),
     ):
-        kind = mesh.tensor, mesh.context, mesh.expert, mesh.data == len(islands) > (0 if tpu else 1)
+        one_each = mesh.data == len(islands) and (tpu or len(islands) > 1)
+        kind = mesh.tensor, mesh.context, mesh.expert, one_each
         if kind in found:
             continue
         try:

@@ -126,3 +126,5 @@ def test_a_state_that_is_small_in_memory_is_not_cut_further(tmp_path, kind, side
     assert choices(config, slices(1, sides, kind), 1) == [chosen]
     two = choices(config, slices(2, sides, kind), 1)
     assert two == [chosen.model_copy(update={"data": 2 * chosen.data})]
+    whole = MeshConfig(fsdp=math.prod(sides))  # least memory: --fit auto compiles it, too
+    assert whole in choices(config, slices(1, sides, kind), 2)
