@@ -8,7 +8,7 @@ import pytest
 from opd_jax.config_train import GuardConfig, RefreshConfig, TrainRun
 from opd_jax.errors import ConfigError
 from opd_jax.stages.training import better_state
-from opd_jax.stages.watching import check_judged, tell_if_unwatched
+from opd_jax.stages.watching import check_judged, check_probe, tell_if_unwatched
 from opd_jax.train.guard import Guard
 
 
@@ -63,6 +63,16 @@ def test_what_evaluations_decide_needs_something_that_judges(changes, grader, wo
     evaluate.grader = "none"
     judged = run.guard.model_copy(update={"fresh": 4, "teacher": True})
     check_judged(ctx, "train.runs.x", run.model_copy(update={"guard": judged}))
+
+
+def test_the_held_out_prompts_themselves_have_to_be_judged():
+    run = TrainRun(objective="topk", guard=GuardConfig(final="best"))
+    neither = SimpleNamespace(grade=None, teacher=None)
+    for fresh in (None, neither):
+        with pytest.raises(ConfigError, match=r"^train\.x: guard\.final=best needs something"):
+            check_probe("train.x", run, fresh)
+    for judge in ("grade", "teacher"):
+        check_probe("train.x", run, SimpleNamespace(**{**vars(neither), judge: len}))
 
 
 def test_nothing_held_out_is_said_unless_it_was_asked_for(capsys):
