@@ -155,9 +155,9 @@ def predictors(seeds):
     """How well each figure that needs no teacher orders states by their fresh reverse KL.
 
     `rank` is Spearman's correlation over all evaluations of runs of sampled tokens from one set of
-    rollouts, which the limits are for; `limit` the value beyond
-    which a state is called lost, with the share of lost states it finds and of others it blames. A
-    state is lost if its reverse KL is above that before training.
+    rollouts, which the limits are for; `limit` the value beyond which a state is called lost, with
+    the share of lost states it finds and of others it blames. A state is lost if its reverse KL is
+    above that before training.
     """
     states = []
     for found in seeds.values():
