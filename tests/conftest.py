@@ -26,11 +26,26 @@ import jax
 import pytest
 import s3_server
 
+# Files that take longest come first, so that no worker ends with one alone; those whose processes
+# wait for each other and those that compile take turns. xdist would go by how many tests they have.
+LONGEST = (
+    *("test_lost_process", "test_fit_command", "test_step_compiles", "test_processes"),
+    *("test_sampler_compiles", "test_kill", "test_endurance", "test_attention_compiles"),
+    *("test_refresh", "test_shares", "test_kill_store", "test_mismatches", "test_store_tools"),
+    *("test_lora_run", "test_transformers_parity", "test_smollm2_parity", "test_long_rows"),
+    *("test_entry", "test_requests", "test_logprobs", "test_repair"),
+)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()  # what was imported stays: the collector need not look at it over and over
 gc.set_threshold(50_000, 20, 50)
 if not os.environ.get("OPD_JAX_OPTIMIZED"):
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -682,8 +682,9 @@ READER = """
     snapshot = open_store(sys.argv[1]).open_snapshot(sys.argv[2])
     order = np.random.default_rng(0).permutation(len(snapshot))
     tokens = 0
-    for start in range(0, len(order), 32):
-        tokens += sum(len(r.response_ids) for r in snapshot.read_many(order[start : start + 32]))
+    for start in range(0, len(order), 256):
+        batch = order[start : start + 256]
+        tokens += sum(len(record.response_ids) for record in snapshot.read_many(batch))
     status = open("/proc/self/status").read()
     print(tokens, status.split("VmHWM:")[1].split()[0])
 """

@@ -3,13 +3,12 @@
 python tests/fit/compile_attention.py v5e:2x2 splash bfloat16 16384 128 packed fsdp
 """
 
-import json
 import re
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
+from compilers import serve
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax.config import MeshConfig
@@ -22,7 +21,7 @@ HEADS, KV_HEADS = 16, 4
 
 def main(
     target: str, name: str, dtype: str, tokens: str, head_dim: str, rows: str, axis: str
-) -> None:
+) -> dict:
     t, h, packed = int(tokens), int(head_dim), rows == "packed"
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, "tensor": 2, axis: 2}), devices_of(target)[:4])
     case = AttentionCase(
@@ -46,19 +45,15 @@ def main(
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     compiled = step.lower(array(HEADS), array(KV_HEADS), array(KV_HEADS), segments).compile()
     program = compiled.as_text()
-    print(
-        json.dumps(
-            {
-                "chosen": choose_attention(wanted, case),
-                "devices": mesh.size,
-                "seconds": round(time.monotonic() - start, 1),
-                "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-                "square_arrays": len(re.findall(rf"\[(?:\d+,)*{t},{t}\]", program)),
-                "kernel_calls": program.count("custom-call("),
-            }
-        )
-    )
+    return {
+        "chosen": choose_attention(wanted, case),
+        "devices": mesh.size,
+        "seconds": round(time.monotonic() - start, 1),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "square_arrays": len(re.findall(rf"\[(?:\d+,)*{t},{t}\]", program)),
+        "kernel_calls": program.count("custom-call("),
+    }
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(main)

@@ -5,12 +5,11 @@ python tests/fit/compile_sampler.py h100:8 experts
 """
 
 import dataclasses
-import json
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
+from compilers import serve
 
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh, replicated
@@ -111,7 +110,7 @@ def compiled_programs(program, tokens):
     return {"prefill": prefill, "start": start, "decode": decode}
 
 
-def main(target: str, case: str) -> None:
+def main(target: str, case: str) -> dict:
     arch, sizes, prompts = CASES[case]
     mesh = make_mesh(sizes, devices_of(target)[:8])
     model = LanguageModel(arch, "bfloat16", mesh=mesh)
@@ -121,7 +120,7 @@ def main(target: str, case: str) -> None:
     program = engine.Program(model, pages, uses, (151645,), mesh, 64)
     programs = compiled_programs(program, PROMPT)
     memory = {name: compiled.memory_analysis() for name, compiled in programs.items()}
-    report = {
+    return {
         "devices": mesh.size,
         "hidden_bytes": 4 * program.slots * arch.embed_dim,
         "noise_bytes": 4 * program.slots * arch.vocab_size // BLOCKS,  # of one block of tokens
@@ -132,8 +131,7 @@ def main(target: str, case: str) -> None:
             for name, x in memory.items()
         },
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(main)

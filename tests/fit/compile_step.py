@@ -7,12 +7,11 @@ python tests/fit/compile_step.py v5e:2x2 full 0 host 400    # on a TPU that has 
 """
 
 import dataclasses
-import json
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
+from compilers import serve
 
 from opd_jax.config import MeshConfig
 from opd_jax.config_train import LoopConfig, OptimConfig
@@ -76,7 +75,7 @@ def compiled_step(mesh, arch, remat, rows, moments="device", options=None):
 
 def main(
     target: str, remat: str, experts: str = "0", moments: str = "device", room: str = ""
-) -> None:
+) -> dict:
     mesh = make_mesh(MeshConfig(), devices_of(target)[:4])
     arch = with_experts(int(experts)) if int(experts) else ARCHITECTURE
     reserved = V5E_BYTES - int(room or 0) * 2**20
@@ -85,24 +84,20 @@ def main(
     memory = compiled.memory_analysis()
     inputs = arch.num_layers * ROWS // mesh.size * TOKENS * arch.embed_dim * 2
     weights = len(arch.sparse_layers) * arch.num_experts * 3 * arch.embed_dim * arch.expert_ffn_dim
-    print(
-        json.dumps(
-            {
-                "device_bytes": memory.temp_size_in_bytes,
-                "argument_bytes": memory.argument_size_in_bytes,
-                "host_argument_bytes": memory.host_argument_size_in_bytes,
-                "moments": device_bytes(state.opt_state),
-                "largest_parameter": max(map(device_bytes, jax.tree.leaves(state.params))),
-                "host_bytes": memory.host_temp_size_in_bytes,
-                "layer_inputs": inputs,
-                # In the loops over layers: forward, two backward, and what is repeated.
-                "kernels": len(re.findall(KERNEL, compiled.as_text())),
-                "expert_weights": weights,
-                "pipelined": len(re.findall('"is_pipelined":true', compiled.as_text())),
-            }
-        )
-    )
+    return {
+        "device_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "host_argument_bytes": memory.host_argument_size_in_bytes,
+        "moments": device_bytes(state.opt_state),
+        "largest_parameter": max(map(device_bytes, jax.tree.leaves(state.params))),
+        "host_bytes": memory.host_temp_size_in_bytes,
+        "layer_inputs": inputs,
+        # In the loops over layers: forward, two backward, and what is repeated.
+        "kernels": len(re.findall(KERNEL, compiled.as_text())),
+        "expert_weights": weights,
+        "pipelined": len(re.findall('"is_pipelined":true', compiled.as_text())),
+    }
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(main)

@@ -1,16 +1,10 @@
 """The real compilers of absent devices take attention, and no [t, t] array exists."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from opd_jax.errors import ConfigError
 from opd_jax.fit.topology import devices_of, environment
 
-SCRIPT = Path(__file__).with_name("compile_attention.py")
 CASES = [
     ("v5e:2x2", "splash", "bfloat16", 16384, 128, "packed", "fsdp"),
     ("v5e:2x2", "splash", "float32", 4096, 64, "whole", "fsdp"),
@@ -25,12 +19,9 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
-def test_forward_and_backward_compile_for(case):
+def test_forward_and_backward_compile_for(compiled, case):
     tokens = case[3]
-    command = [sys.executable, str(SCRIPT), *map(str, case)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled("compile_attention.py", *map(str, case))
     assert found["chosen"] == case[1]
     assert found["devices"] == 4
     if case[1] != "chunked":

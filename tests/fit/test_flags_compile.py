@@ -1,17 +1,13 @@
-"""The flags of `core.platform_flags` are known to the compilers, and do what they are set for."""
+"""The flags of `core.platform_flags` are known to the compilers."""
 
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from opd_jax.core.platform_flags import GPU_FLAGS, TPU_FLAGS
 from opd_jax.fit.topology import environment
 
-STEP = Path(__file__).with_name("compile_step.py")
 PRODUCT = """
 import sys
 import jax, jax.numpy as jnp
@@ -47,15 +43,3 @@ def test_every_flag_is_known_on(target, variable, flags):
     )
     assert done.returncode != 0
     assert "not_a_flag" in done.stderr
-
-
-def pipelined(env):
-    done = run([sys.executable, str(STEP), "h100:4", "full"], env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])["pipelined"]
-
-
-@pytest.mark.slow
-def test_on_gpus_a_layers_weights_are_gathered_while_the_one_before_computes():
-    without = {**os.environ, "XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false"}
-    assert pipelined(environment()) > pipelined(environment(without))

@@ -4,16 +4,7 @@ On a mesh with `fsdp`, `tensor` and `data` or `expert` of 2, and pages on two le
 pages for prompts too.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-from opd_jax.fit.topology import environment
-
-SCRIPT = Path(__file__).with_name("compile_sampler.py")
 
 
 @pytest.mark.slow
@@ -21,11 +12,8 @@ SCRIPT = Path(__file__).with_name("compile_sampler.py")
     ("target", "case"),
     [("v5e:2x4", "shared"), ("h100:8", "shared"), ("v5e:2x4", "experts"), ("h100:8", "experts")],
 )
-def test_decoding_sends_activations_alone_and_keeps_its_cache_in_place_on(target, case):
-    command = [sys.executable, str(SCRIPT), target, case]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_decoding_sends_activations_alone_and_keeps_its_cache_in_place_on(compiled, target, case):
+    found = compiled("compile_sampler.py", target, case)
     assert found["devices"] == 8
     largest = max(found["collectives"], key=lambda x: x["bytes"])
     print(f"{len(found['collectives'])} collectives; the largest {largest}; {found['programs']}")

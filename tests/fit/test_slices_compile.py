@@ -1,38 +1,21 @@
 """Several TPU slices: what the compiled train step sends between them."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-from opd_jax.fit.topology import environment
-
-SCRIPT = Path(__file__).with_name("compile_slices.py")
-
-
-def compiled(*words):
-    """What `compile_slices.py` prints of a step."""
-    command = [sys.executable, str(SCRIPT), *words]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_copies_of_the_weights_in_one_slice_add_up_the_embedding_s_gradient_in_shards():
+def test_copies_of_the_weights_in_one_slice_add_up_the_embedding_s_gradient_in_shards(compiled):
     """It was added up whole over all devices; of large batches all rows were gathered."""
-    found = compiled("v5e:2x4", "2", "4")
+    found = compiled("compile_slices.py", "v5e:2x4", "2", "4")
     sent = {(x["kind"], x["axes"]): x["sent_bytes"] for x in found["sent"]}
     assert sent["all-reduce", "data"] > 0.5 * found["parameters"]
     assert sent.get(("all-reduce", "data+fsdp"), 0.0) < 0.01 * found["parameters"]
 
 
 @pytest.mark.slow
-def test_only_data_crosses_the_network_and_mostly_gradients_do():
+def test_only_data_crosses_the_network_and_mostly_gradients_do(compiled):
     """Beside the gradients, what is scattered into the head's: the vectors of the targets."""
-    found = compiled("2xv5e:2x2", "2", "4")
+    found = compiled("compile_slices.py", "2xv5e:2x2", "2", "4")
     assert found["islands"] == [0] * 4 + [1] * 4
     crossing = [x for x in found["sent"] if x["network_bytes"]]
     assert {x["axes"] for x in crossing} == {"data"}

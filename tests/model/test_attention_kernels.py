@@ -91,7 +91,7 @@ def test_blocks_are_whole_lanes_and_no_longer_than_the_row(monkeypatch):
 
 @pytest.mark.parametrize(("policy", "forwards"), [("none", 1), ("full", 2)])
 def test_the_kernel_runs_again_only_where_the_policy_says_so(policy, forwards):
-    """Triton's; `tests/fit/test_remat_compiles.py` counts both kernels in compiled programs."""
+    """Triton's; `tests/fit/test_step_compiles.py` counts both kernels in compiled programs."""
     q, k, v, segments, _ = inputs(triton_attention, 64)
     attend = functools.partial(triton_attention, mesh=None, interpret=True)
     body = _remat(lambda q, k, v: attend(q, k, v, segments), policy)

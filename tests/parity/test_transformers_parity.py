@@ -5,6 +5,8 @@
 Torch is imported inside the tests: without the marker nothing here needs it.
 """
 
+import copy
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -114,6 +116,20 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def theirs_of(tmp_path_factory):
+    """Their model of a case, not to be changed, and its folder."""
+    import torch
+
+    @functools.cache
+    def make(case):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("theirs")
+        return random_hf_model(folder, *CASES[case]), folder
+
+    return make
+
+
 def test_grid_holds_every_pair():
     for one, two in itertools.combinations(zip(*GRID, strict=True), 2):
         pairs = set(itertools.product(one, two))
@@ -121,9 +137,9 @@ def test_grid_holds_every_pair():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_logits(tmp_path, case):
-    theirs = random_hf_model(tmp_path, *CASES[case])
-    model, params = read_model(tmp_path)
+def test_float32_logits(theirs_of, case):
+    theirs, folder = theirs_of(case)
+    model, params = read_model(folder)
     tokens = np.random.default_rng(1).integers(0, model.arch.vocab_size, (2, 33))
     expected = their_logits(theirs, tokens)
     difference = np.abs(our_logits(model, params, tokens) - expected).max()
@@ -133,9 +149,9 @@ def test_float32_logits(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_gradients(tmp_path, case):
-    theirs = random_hf_model(tmp_path, *CASES[case])
-    model, params = read_model(tmp_path)
+def test_float32_gradients(theirs_of, case):
+    theirs, folder = theirs_of(case)
+    model, params = read_model(folder)
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, model.arch.vocab_size, (2, 17))
     weight = rng.normal(size=(2, 17, model.arch.vocab_size)).astype(np.float32)
@@ -146,7 +162,7 @@ def test_float32_gradients(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_logits_are_as_close_as_theirs(tmp_path, case):
+def test_bfloat16_logits_are_as_close_as_theirs(theirs_of, case):
     """Where experts nearly tie, rounding picks another one, on either side: about one token in 150.
 
     Those decide the root mean square, so a mixture gets enough tokens to have some of them; the
@@ -154,15 +170,14 @@ def test_bfloat16_logits_are_as_close_as_theirs(tmp_path, case):
     """
     import torch
 
-    family, changes = CASES[case]
-    theirs = random_hf_model(tmp_path, family, changes)
-    exact_model, params = read_model(tmp_path)
-    model, _ = read_model(tmp_path, compute_dtype="bfloat16")
-    batches = 8 if family == "qwen3_moe" else 1
+    theirs, folder = theirs_of(case)
+    exact_model, params = read_model(folder)
+    model, _ = read_model(folder, compute_dtype="bfloat16")
+    batches = 8 if CASES[case][0] == "qwen3_moe" else 1
     shape = (batches, 4, 33)
     tokens_ibt = np.random.default_rng(1).integers(0, exact_model.arch.vocab_size, shape)
     exact = [their_logits(theirs, tokens) for tokens in tokens_ibt]
-    theirs = theirs.to(torch.bfloat16)
+    theirs = copy.deepcopy(theirs).to(torch.bfloat16)
     error, usual = [], []
     for tokens, want in zip(tokens_ibt, exact, strict=True):
         error.append(np.mean((our_logits(model, params, tokens) - want) ** 2, axis=-1))
@@ -173,12 +188,12 @@ def test_bfloat16_logits_are_as_close_as_theirs(tmp_path, case):
         assert 0 < ours <= 2 * low
 
 
-def test_balance_loss_is_theirs(tmp_path):
+def test_balance_loss_is_theirs(theirs_of):
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-    theirs = random_hf_model(tmp_path, *CASES["moe-dense-between"])
-    model, params = read_model(tmp_path)
+    theirs, folder = theirs_of("moe-dense-between")
+    model, params = read_model(folder)
     tokens = np.random.default_rng(1).integers(0, model.arch.vocab_size, (2, 17))
     kept = np.arange(17)[None] < np.array([[17], [9]])
     with torch.no_grad():
@@ -190,11 +205,11 @@ def test_balance_loss_is_theirs(tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_export_loads_in_transformers(tmp_path, case):
+def test_export_loads_in_transformers(theirs_of, tmp_path, case):
     from transformers import AutoModelForCausalLM
 
-    theirs = random_hf_model(tmp_path / "in", *CASES[case])
-    model, params = read_model(tmp_path / "in")
+    theirs, folder = theirs_of(case)
+    model, params = read_model(folder)
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
     export_folder(tmp_path / "out", model, params, tokenizer, {}, {})
     again, info = AutoModelForCausalLM.from_pretrained(

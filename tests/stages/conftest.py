@@ -1,9 +1,15 @@
-"""A sampler that needs no model, for tests of what the stages do around it."""
+"""What the tests of stages begin with: a trained student, or a sampler that needs no model."""
 
+import fcntl
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from processes import quick_environment
+from tiny_run import ROOT, arguments
 
 from opd_jax.data.records import Record
 
@@ -22,6 +28,25 @@ def record_of(request):
         -ids.astype(np.float32),
         "stop",
     )
+
+
+@pytest.fixture(scope="session")
+def after_sft(tmp_path_factory):
+    """The folder of a tiny run on one device up to SFT, made once for all workers; to be copied."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    run_dir = folder / "after_sft"
+    with (folder / "after_sft.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run_dir / "stages" / "sft.json").exists():
+            words = arguments(run_dir, "--stages", "answer,sft")
+            command = [sys.executable, "-m", "opd_jax.main", *words]
+            done = subprocess.run(
+                command, cwd=ROOT, env=quick_environment(), capture_output=True, check=False
+            )
+            assert done.returncode == 0, done.stderr.decode()
+    return run_dir
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 20 fall while it samples, 3 in the time before a process's first commit, and one as soon as the last
 record is committed.
 
-python tests/stages/kill_rollout.py FOLDER
+python tests/stages/kill_rollout.py FOLDER AFTER_SFT    # the run folder of a tiny run after `sft`
 
 Leaves FOLDER/straight and FOLDER/killed. Every run is a process that ends by itself or by SIGKILL.
 They are forked from this one, which has imported everything and never touches a JAX backend: so a
@@ -100,13 +100,13 @@ def kill(pid, run_dir):
     return commits(run_dir)
 
 
-def main(folder):
+def main(folder, after_sft):
     import opd_jax.stages.pipeline  # noqa: F401  what every run imports
 
     straight, killed = folder / "straight", folder / "killed"
-    before, rollout = ((*SETTINGS, "--stages", names) for names in ("answer,sft", "rollout"))
-    finish(fork(folder, straight, *before))
-    shutil.copytree(straight, killed)
+    rollout = (*SETTINGS, "--stages", "rollout")
+    for copy in (straight, killed):
+        shutil.copytree(after_sft, copy)
     finish(fork(folder, straight, *rollout))
     total = committed_records(straight)
     # Counted in records, so that no change of the machine's speed lets a process come to the end.
@@ -135,4 +135,4 @@ if __name__ == "__main__":
         "JAX_COMPILATION_CACHE_DIR": str(Path(sys.argv[1], "programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """Run in a process of its own: a training run, undisturbed and ended 20 times at random moments.
 
-python tests/stages/kill_training.py FOLDER
+python tests/stages/kill_training.py FOLDER SCORED    # the run folder of a tiny run after `score`
 
 Leaves FOLDER/straight and FOLDER/killed, and prints how each process ended and how long it was in
 the stage. Processes are forked, as in kill_rollout.py, and end by SIGKILL, by SIGTERM or by
@@ -65,13 +65,12 @@ def end(pid, run_dir, number, after_step, delay):
     return {"code": code, "after_step": after_step, "seconds": seconds, "saved": saved(run_dir)}
 
 
-def main(folder):
+def main(folder, scored):
     import opd_jax.stages.pipeline  # noqa: F401  what every run imports
 
     straight, killed, first = folder / "straight", folder / "killed", folder / "first"
-    finish(fork(folder, straight, *SETTINGS, "--stages", "answer,sft,rollout,score"))
-    for copy in (killed, first):
-        shutil.copytree(straight, copy)
+    for copy in (straight, killed, first):
+        shutil.copytree(scored, copy)
     train = (*SETTINGS, "--stages", "train.opd")
     finish(fork(folder, first, *train))  # compiles for all others: what follows is timed
     pid = fork(folder, straight, *train)
@@ -100,4 +99,4 @@ if __name__ == "__main__":
         "JAX_COMPILATION_CACHE_DIR": str(Path(sys.argv[1], "programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import start_run
 from processes import quick_environment
 from safetensors.numpy import load_file
 from test_processes import free_port
@@ -47,8 +48,9 @@ def record(run_dir):
 
 
 @pytest.mark.slow
-def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("kill_training.py")), str(tmp_path)]
+def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(scored, tmp_path):
+    script = Path(__file__).with_name("kill_training.py")
+    command = [sys.executable, str(script), str(tmp_path), str(scored)]
     env = quick_environment()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     log = (tmp_path / "log.txt").read_text()
@@ -80,11 +82,7 @@ def test_ended_twenty_times_a_run_has_the_bits_of_an_undisturbed_one(tmp_path):
 
 def start(run_dir, devices, *more):
     """A process of its own on so many devices."""
-    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, *more)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=quick_environment(devices), stdout=pipe, stderr=pipe
-    )
+    return start_run(arguments(run_dir, *more), devices, cwd=ROOT, merged=False)
 
 
 def finish(process, code=0):
@@ -95,10 +93,10 @@ def finish(process, code=0):
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
+def scored(after_sft, tmp_path_factory):
     """A run folder whose training comes next."""
-    run_dir = tmp_path_factory.mktemp("endurance") / "scored"
-    finish(start(run_dir, 1, *SETTINGS, "--stages", "answer,sft,rollout,score"))
+    run_dir = shutil.copytree(after_sft, tmp_path_factory.mktemp("endurance") / "scored")
+    finish(start(run_dir, 1, *SETTINGS, "--stages", "rollout,score"))
     return run_dir
 
 

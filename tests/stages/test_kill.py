@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import start_run
 from processes import quick_environment
 from tiny_run import FRESH, ROOT, arguments
 
@@ -27,14 +28,16 @@ STAGES = (
     "evaluate.opd",
     "export.opd",
 )
-RUNS = "train.enabled=[opd,opd_topk,opd_online,sft_longer]"
+RUNS = (
+    "train.enabled=[opd,opd_topk,opd_online,sft_longer]",
+    *("evaluate.base=false", "evaluate.teacher=false"),
+)
 LIMIT_SECONDS = 300
 TRIES = 5
 
 
 def start(run_dir, log):
-    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, RUNS, *FRESH)]
-    return subprocess.Popen(command, cwd=ROOT, env=quick_environment(), stdout=log, stderr=log)
+    return start_run(arguments(run_dir, *RUNS, *FRESH), cwd=ROOT, log=log)
 
 
 def inside(run_dir, stage):
@@ -116,8 +119,9 @@ def records(run_dir):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_rollouts_are_those_of_an_undisturbed_run(tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("kill_rollout.py")), str(tmp_path)]
+def test_killed_again_and_again_rollouts_are_those_of_an_undisturbed_run(after_sft, tmp_path):
+    script = Path(__file__).with_name("kill_rollout.py")
+    command = [sys.executable, str(script), str(tmp_path), str(after_sft)]
     env = quick_environment()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text()

@@ -17,7 +17,7 @@ LORA = (
     "train.runs.opd_online.lora={rank: 4, alpha: 8.0}",
     "train.runs.opd_online.optim.learning_rate=1e-2",
     "train.runs.opd_online.optim.moments=int8",
-    "train.enabled=[opd_online]",
+    *("train.enabled=[opd_online]", "evaluate.base=false", "evaluate.teacher=false"),
 )
 
 

@@ -3,13 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from processes import quick_environment
+from forks import MODULE, start_run
 from safetensors.numpy import load_file
 from test_kill import inside
 from test_processes import assert_same_samples, free_port, losses
@@ -19,13 +17,14 @@ from opd_jax.core import liveness
 
 LIMIT_SECONDS = 400
 RUN = "train.enabled=[opd]"
-STAGES = ("--stages", "answer,sft,rollout,score,train,export")
 # (stage, who is killed): process 0, with which the coordination service goes, and the other one.
 KILLS = (
     *(("answer", 1), ("sft", 0), ("rollout", 1), ("score", 0), ("train.opd", 1)),
-    *(("export.opd", 0), ("evaluate.opd", 1)),
+    *(("evaluate.opd", 1), ("export.opd", 0)),
 )
-EVALUATE = ("--stages", "evaluate", "evaluate.base=false", "evaluate.teacher=false")
+EVALUATE = ("evaluate.base=false", "evaluate.teacher=false")
+ALL = (*EVALUATE, "--stages", "answer,sft,rollout,score,train,evaluate,export")
+TRAINED = ("--stages", "answer,sft,rollout,score,train,export")
 STORES = {"rollout": "rollouts", "score": "rollouts/teacher/*"}
 # The same program, with less patience.
 HASTY = (
@@ -34,20 +33,12 @@ HASTY = (
 )
 
 
-def start(run_dir, *words, processes=2, devices=1, program=("-m", "opd_jax.main")):
+def start(run_dir, *words, processes=2, devices=1, program=MODULE):
     """Processes with so many devices each."""
-    command = [sys.executable, *program, *arguments(run_dir, RUN, *STAGES, *words)]
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)]
-    pipe = subprocess.PIPE
+    words = [*arguments(run_dir, RUN, *words), *flags, "--rank"]
     return [
-        subprocess.Popen(
-            [*command, *flags, "--rank", str(rank)],
-            cwd=ROOT,
-            env=quick_environment(devices),
-            stdout=pipe,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(processes)
+        start_run([*words, rank], devices, cwd=ROOT, program=program) for rank in range(processes)
     ]
 
 
@@ -75,13 +66,9 @@ def inside_of(run_dir, stage, *words, **kinds):
     return pair
 
 
-def words_of(stage):
-    return EVALUATE if stage.startswith("evaluate") else ()
-
-
 def kill_one(run_dir, stage, rank, program):
     """What the other one says, its exit code, and how many seconds after the kill it ends."""
-    pair = inside_of(run_dir, stage, *words_of(stage), program=program)
+    pair = inside_of(run_dir, stage, *ALL, program=program)
     pair[rank].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     other = pair[1 - rank]
@@ -106,15 +93,20 @@ def evaluated(run_dir):
     }
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The folder of a run of two processes up to SFT; to be copied."""
+    run_dir = tmp_path_factory.mktemp("lost_process") / "student"
+    finish(run_dir, 2, "--stages", "answer,sft")
+    return run_dir
+
+
 @pytest.mark.slow
-def test_one_of_two_is_killed_in_each_stage(tmp_path):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finish(straight, 2)
-    finish(straight, 2, *EVALUATE)
+def test_one_of_two_is_killed_in_each_stage(student, tmp_path):
+    straight, killed = shutil.copytree(student, tmp_path / "straight"), tmp_path / "killed"
+    finish(straight, 2, *ALL)
     for stage, rank in KILLS:
-        if stage.startswith("evaluate"):
-            finish(killed, 2)
-        program = ("-m", "opd_jax.main") if stage == "answer" else ("-c", HASTY)
+        program = MODULE if stage == "answer" else ("-c", HASTY)
         output, code, seconds = kill_one(killed, stage, rank, program)
         assert seconds < 60, stage
         last = output.rstrip().splitlines()[-1]
@@ -126,7 +118,7 @@ def test_one_of_two_is_killed_in_each_stage(tmp_path):
             assert "Traceback" not in output
         if stage == "train.opd":
             one = shutil.copytree(killed, tmp_path / "one")
-    finish(killed, 2, *EVALUATE)
+    finish(killed, 2, *ALL)
     want = parameters(straight)
     assert_same_samples(straight, killed)
     assert evaluated(killed) == evaluated(straight)
@@ -134,26 +126,27 @@ def test_one_of_two_is_killed_in_each_stage(tmp_path):
     for name, value in parameters(killed).items():
         assert np.array_equal(value, want[name]), name
     four = tmp_path / "four"
-    (alone,) = inside_of(four, "train.opd", processes=1, devices=2)
+    (alone,) = inside_of(four, "train.opd", *TRAINED, processes=1, devices=2)
     alone.kill()
     said(alone)
     for run_dir, processes in ((one, 1), (four, 4)):  # from two, and from one
-        finish(run_dir, processes)
+        finish(run_dir, processes, *TRAINED)
         for name, value in parameters(run_dir).items():
             np.testing.assert_allclose(value, want[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
-def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(tmp_path):
+def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(student, tmp_path):
     """Process 1 alone finds its disk full, as it seems to it."""
     spoilt = (
         "import sys; from opd_jax.errors import DataError\n"
-        "from opd_jax.stages import sft\n"
+        "from opd_jax.stages import rollout\n"
         "def run(ctx): raise DataError('the disk of this host is full')\n"
-        "if sys.argv[-1] == '1': sft.run = run\n"
+        "if sys.argv[-1] == '1': rollout.run = run\n"
         "from opd_jax.main import main; sys.exit(main())"
     )
-    pair = start(tmp_path / "run", program=("-c", spoilt))
+    run_dir = shutil.copytree(student, tmp_path / "run")
+    pair = start(run_dir, "--stages", "rollout", program=("-c", spoilt))
     outputs = [said(process) for process in pair]
     assert [process.returncode for process in pair] == [2, 2], "\n".join(outputs)
     assert outputs[1].rstrip().endswith("opd_jax: error: the disk of this host is full")
@@ -164,11 +157,13 @@ def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "prompts", "slots"), [("rollout", 600, 4), ("score", 160, 32)])
-def test_sigterm_to_one_of_two_ends_both_between_two_batches(tmp_path, stage, prompts, slots):
+def test_sigterm_to_one_of_two_ends_both_between_two_batches(
+    student, tmp_path, stage, prompts, slots
+):
     """What is finished is committed; there is much more to do than the notice takes."""
-    run_dir = tmp_path / "run"
+    run_dir = shutil.copytree(student, tmp_path / "run")
     sizes = (f"prompts.opd_limit={prompts}", f"rollout.slots={slots}", "score.batch_tokens=136")
-    pair = inside_of(run_dir, stage, *sizes, "sft.steps=1")
+    pair = inside_of(run_dir, stage, *sizes, "--stages", "rollout,score")
     pair[1].send_signal(signal.SIGTERM)
     for process in pair:
         output = said(process)

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from forks import start_run
 from processes import quick_environment
 from safetensors.numpy import load_file
 from tiny_run import FRESH, ROOT, arguments
@@ -29,14 +30,7 @@ def free_port():
 
 
 def start(run_dir, devices, *more):
-    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, *more)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=quick_environment(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return start_run(arguments(run_dir, *more), devices, cwd=ROOT)
 
 
 def finish(process):
@@ -84,7 +78,7 @@ def test_four_devices_equal_one(tmp_path):
     the gradient's own size.
     """
     one, four, again = tmp_path / "one", tmp_path / "four", tmp_path / "again"
-    finish(start(one, 1))
+    finish(start(one, 1, "--stages", "answer,sft,rollout,score,train"))
     finish(start(four, 4, "--stages", "answer,sft,rollout"))
     assert_same_samples(one, four)
     want, got = losses(one), losses(four)

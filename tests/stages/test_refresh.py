@@ -3,13 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from processes import quick_environment
+from forks import start_run
 from tiny_run import ROOT, arguments
 
 from opd_jax.data.store import open_store
@@ -25,7 +23,6 @@ SETTINGS = (
     "train.runs.opd.optim.learning_rate=1e-4",
 )
 EVERY = "train.runs.opd.refresh.every=2"
-STAGES = "answer,sft,rollout,score"
 LIMIT_SECONDS = 300
 TRIES = 5
 
@@ -36,15 +33,14 @@ def command(run_dir, *words):
 
 def start(run_dir, log, *words):
     """A run of its own, on one device."""
-    words = [sys.executable, "-m", "opd_jax.main", *command(run_dir, *words)]
-    return subprocess.Popen(words, cwd=ROOT, env=quick_environment(), stdout=log, stderr=log)
+    return start_run(command(run_dir, *words), cwd=ROOT, log=log)
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("refresh") / "run"
+def scored(after_sft, tmp_path_factory):
+    run_dir = shutil.copytree(after_sft, tmp_path_factory.mktemp("refresh") / "run")
     with (run_dir.parent / "log.txt").open("w") as log:
-        assert start(run_dir, log, "--stages", STAGES).wait(LIMIT_SECONDS) == 0
+        assert start(run_dir, log, "--stages", "rollout,score").wait(LIMIT_SECONDS) == 0
     return run_dir
 
 

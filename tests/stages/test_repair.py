@@ -12,7 +12,10 @@ from opd_jax.data.store import open_store
 from opd_jax.data.store_rows import record_digest
 from opd_jax.main import main
 
-RUN = ("train.enabled=[opd]", "evaluate.samples_per_prompt=1")
+RUN = (
+    *("train.enabled=[opd]", "evaluate.samples_per_prompt=1"),
+    *("evaluate.base=false", "evaluate.teacher=false"),
+)
 
 
 def flip_one_bit(path):

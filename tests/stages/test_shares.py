@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from processes import quick_environment
+from forks import start_run
 from tiny_run import ROOT, arguments
 
 from opd_jax.core.run_lock import file_lock
@@ -21,15 +19,7 @@ SETTINGS = ("prompts.opd_limit=48", "score.batch_tokens=32", "score.top_k=4")
 
 
 def start(run_dir, *more):
-    environment = {
-        **quick_environment(),
-        "JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, "-m", "opd_jax.main", *arguments(run_dir, *SETTINGS, *more)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return start_run(arguments(run_dir, *SETTINGS, *more), cwd=ROOT)
 
 
 def finish(process):
@@ -65,11 +55,18 @@ def scores(root):
     return scoring.read_many(snapshot, range(len(snapshot)))
 
 
+@pytest.fixture(scope="module")
+def rolled_out(after_sft, tmp_path_factory):
+    """A run folder after `rollout`."""
+    run_dir = shutil.copytree(after_sft, tmp_path_factory.mktemp("shares") / "rolled_out")
+    finish(start(run_dir, "--stages", "rollout"))
+    return run_dir
+
+
 @pytest.mark.slow
-def test_two_shares_make_the_pass_of_one_run_though_one_was_killed(tmp_path):
+def test_two_shares_make_the_pass_of_one_run_though_one_was_killed(rolled_out, tmp_path):
     """Each has a run folder of its own, that holds the record of the rollouts and nothing else."""
-    straight, store = tmp_path / "straight", tmp_path / "store"
-    finish(start(straight, "--stages", "answer,sft,rollout"))
+    straight, store = shutil.copytree(rolled_out, tmp_path / "straight"), tmp_path / "store"
     shutil.copytree(straight / "rollouts", store / "rollouts")
     finish(start(straight, "--stages", "score"))
     first, second = tmp_path / "first", tmp_path / "second"
@@ -98,9 +95,8 @@ def test_two_shares_make_the_pass_of_one_run_though_one_was_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_shares_in_one_run_folder_add_up_to_the_cost_of_the_stage(tmp_path):
-    run_dir = tmp_path / "run"
-    finish(start(run_dir, "--stages", "answer,sft,rollout"))
+def test_shares_in_one_run_folder_add_up_to_the_cost_of_the_stage(rolled_out, tmp_path):
+    run_dir = shutil.copytree(rolled_out, tmp_path / "run")
     first = share(run_dir, run_dir, "1/2")
     second = share(run_dir, run_dir, "2/2")
     outputs = [finish(process) for process in (first, second)]
@@ -174,11 +170,10 @@ def test_shares_of_another_number_and_a_share_twice_are_refused(tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_two_shares_sample_the_rollouts_of_one_run_though_one_was_killed(tmp_path):
+def test_two_shares_sample_the_rollouts_of_one_run_though_one_was_killed(after_sft, tmp_path):
     """Each has a run folder of its own, that holds what the rollouts depend on."""
-    straight, store = tmp_path / "straight", tmp_path / "store"
+    straight, store = shutil.copytree(after_sft, tmp_path / "straight"), tmp_path / "store"
     words = ("rollout.samples_per_prompt=2",)
-    finish(start(straight, *words, "--stages", "answer,sft"))
     folders = [
         shutil.copytree(straight, tmp_path / name, ignore=shutil.ignore_patterns("answers"))
         for name in ("first", "second")
