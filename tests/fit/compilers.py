@@ -1,6 +1,7 @@
 """Processes that compile for absent devices, asked case by case: each start takes seconds."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ class Compilers:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._ends = contextlib.ExitStack()
+        self._numbers = itertools.count()
         self._running = {}
         self._known = {}
 
@@ -55,7 +57,8 @@ class Compilers:
         if program not in self._running:
             self._running[program] = self._start(program[0], given)
         process, log = self._running[program]
-        print(json.dumps(words), file=process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(words), file=process.stdin, flush=True)
         for line in process.stdout:
             if line.startswith(ANSWER):
                 found = json.loads(line.removeprefix(ANSWER))
@@ -65,7 +68,7 @@ class Compilers:
         raise AssertionError(log.read_text()[-3000:])
 
     def _start(self, script, given):
-        log = self._logs / f"{len(self._running)}-{script}.txt"
+        log = self._logs / f"{next(self._numbers)}-{script}.txt"
         command = [sys.executable, str(Path(__file__).with_name(script))]
         pipe, env = subprocess.PIPE, environment({**os.environ, **given})
         with log.open("w") as errors:

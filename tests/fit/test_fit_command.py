@@ -59,10 +59,7 @@ def test_a_bad_target_or_flag_is_one_line_and_exit_code_2(tmp_path, capsys, targ
     ("words", "said"),
     [
         (["mesh.tensor=3"], "mesh: data=1, fsdp=-1, tensor=3"),
-        (
-            ["sft.batch_size=33", "mesh.fsdp=2", "--stages", "sft"],
-            "sft.batch_size=33 is not divisible over 2 devices",
-        ),
+        (["sft.batch_size=33", "mesh.fsdp=2"], "sft.batch_size=33 is not divisible over 2 devices"),
         (["model.student=nowhere"], "no such model folder"),
         (["--stages", "evaluate"], "--stages: evaluate: no program to compile; choose from"),
     ],

@@ -36,6 +36,7 @@ def start(run_dir, devices, *more):
 def finish(process):
     output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
     assert process.returncode == 0, output
+    return output
 
 
 def losses(run_dir):
@@ -79,14 +80,14 @@ def test_four_devices_equal_one(tmp_path):
     """
     one, four, again = tmp_path / "one", tmp_path / "four", tmp_path / "again"
     finish(start(one, 1, "--stages", "answer,sft,rollout,score,train"))
-    finish(start(four, 4, "--stages", "answer,sft,rollout"))
+    assert "4 cpu devices" in finish(start(four, 4, "--stages", "answer,sft,rollout"))
     assert_same_samples(one, four)
     want, got = losses(one), losses(four)
     assert {stage for stage, _, _ in got} == {"sft"}
     for key, value in got.items():
         assert value == pytest.approx(want[key], rel=1e-5, abs=1e-5), key
     shutil.copytree(one, again)
-    finish(start(again, 4, "--stages", "train", "--force", "train"))
+    assert "4 cpu devices" in finish(start(again, 4, "--stages", "train", "--force", "train"))
     assert_same_losses(one, again)
 
 
