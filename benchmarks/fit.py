@@ -19,6 +19,9 @@ rematerialisation and flash attention: arguments and temporaries, as compiled fo
 (`PEER`; it needs an environment of its own, so these three are numbers here). Our OPD step has the
 same shapes, and float32 moments as it has.
 
+Each kind of device that `--fit` knows has a row, as have several slices, several nodes and rows of
+32,768 tokens.
+
 The other rows `*.qwen3_8b` are the same step on more and more devices: how memory and bytes sent
 of a device change from one slice to the next is printed below the table, and what grows by more
 than a tenth.
@@ -88,9 +91,9 @@ PEER = {"v5e-64.qwen3_8b": 6.29, "v5e-32.qwen3_8b": 8.09, "v5p-32.qwen3_30b_a3b"
 """GiB of a device."""
 
 
-def step(target, config, devices, *more):
-    """The OPD step at the paper's lengths, one row a device and micro-batch."""
-    return target, config, "train", (f"train.runs.opd.micro_batch_size={devices}", *more)
+def step(target, config, rows, *more):
+    """The OPD step at the paper's lengths, with so many rows a micro-batch."""
+    return target, config, "train", (f"train.runs.opd.micro_batch_size={rows}", *more)
 
 
 def peer(target, config, devices):
@@ -123,6 +126,17 @@ ROWS = {
     "8B on v5p-16": step("v5p-16", "qwen3_8b", 8),
     "30B-A3B on 8 x H100": step("h100:8", "qwen3_30b_a3b", 8),
     "30B-A3B on v5p-32": step("v5p-32", "qwen3_30b_a3b", 16),
+    "8B on 16 x H100": step("h100:16", "qwen3_8b", 16),
+    "8B on 8 x H200": step("h200:8", "qwen3_8b", 8),
+    "8B on 8 x B200": step("b200:8", "qwen3_8b", 8),
+    "4B on 8 x A100-40": step("a100-40:8", "qwen3_4b", 8),
+    "8B on v6e-16": step("v6e-16", "qwen3_8b", 16),
+    "8B on v4-32": step("v4-32", "qwen3_8b", 16),
+    "8B on 2 x v5e-64": step("2xv5e-64", "qwen3_8b", 128),
+    # A row of 32,768 tokens on four devices.
+    "8B, 32k, on v5p-32": step(
+        *("v5p-32", "qwen3_8b", 4, "mesh.fsdp=4", "mesh.context=4", "rollout.max_new_tokens=31744")
+    ),
     ONLINE: ("h100:8", "qwen3_30b_a3b_online", "rollout,score,train", ()),
     **{
         f"{what} on {shown}": (
