@@ -19,8 +19,8 @@ rematerialisation and flash attention: arguments and temporaries, as compiled fo
 (`PEER`; it needs an environment of its own, so these three are numbers here). Our OPD step has the
 same shapes, and float32 moments as it has.
 
-Each kind of device that `--fit` knows has a row, as have several slices, several nodes and rows of
-32,768 tokens.
+There are rows for other devices that `--fit` knows, for several slices, several nodes and rows of
+32,768 tokens, too; what is not recorded yet is not printed.
 
 The other rows `*.qwen3_8b` are the same step on more and more devices: how memory and bytes sent
 of a device change from one slice to the next is printed below the table, and what grows by more
