@@ -29,7 +29,7 @@ with Preemption() as notice:
         if notice.came:
             break
         time.sleep(0.05)
-print(notice.came, asked)
+say(notice.came, asked)
 """
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
+from processes import run_two
 
 from opd_jax.errors import DataError
 from opd_jax.train.checkpoint import complete_steps, latest_step, restore, save
@@ -214,47 +214,33 @@ def test_kill_9_leaves_the_newest_complete_step(tmp_path):
     assert (tree["x"] == step).all()
 
 
-TWO = textwrap.dedent(
-    """
-    import sys, jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
-    from opd_jax.errors import DataError
-    from opd_jax.train.checkpoint import restore, save
-    folder, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-    sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("fsdp",)), PartitionSpec("fsdp"))
-    value = np.arange(32, dtype=np.float32)
-    x = jax.make_array_from_callback((32,), sharding, lambda index: value[index])
-    abstract = {"x": jax.ShapeDtypeStruct((32,), jnp.float32, sharding=sharding)}
-    for step in (1, 2):
-        save(folder, step, {"x": x * step}, {"step": step}, keep=1)
-    tree, meta, step = restore(folder, None, abstract)
-    for shard in tree["x"].addressable_shards:
-        assert (np.asarray(shard.data) == 2 * value[shard.index]).all()
-    if rank == 0:
-        from pathlib import Path
-        path = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.stat().st_size)[-1]
-        path.write_bytes(path.read_bytes()[:-1])
-    jax.experimental.multihost_utils.sync_global_devices("harmed")
-    try:
-        restore(folder, None, abstract)
-    except DataError:
-        print("refused", flush=True)
-    """
-)
+TWO = """
+import jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from opd_jax.errors import DataError
+from opd_jax.train.checkpoint import restore, save
+sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("fsdp",)), PartitionSpec("fsdp"))
+value = np.arange(32, dtype=np.float32)
+x = jax.make_array_from_callback((32,), sharding, lambda index: value[index])
+abstract = {"x": jax.ShapeDtypeStruct((32,), jnp.float32, sharding=sharding)}
+for step in (1, 2):
+    save(folder, step, {"x": x * step}, {"step": step}, keep=1)
+tree, meta, step = restore(folder, None, abstract)
+for shard in tree["x"].addressable_shards:
+    assert (np.asarray(shard.data) == 2 * value[shard.index]).all()
+if rank == 0:
+    from pathlib import Path
+    path = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.stat().st_size)[-1]
+    path.write_bytes(path.read_bytes()[:-1])
+jax.experimental.multihost_utils.sync_global_devices("harmed")
+try:
+    restore(folder, None, abstract)
+except DataError:
+    say("refused")
+"""
 
 
 @pytest.mark.slow
 def test_two_processes_save_one_checkpoint_and_both_refuse_a_damaged_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", "import jax.experimental.multihost_utils\n" + TWO]
-    ranks = [
-        subprocess.Popen([*command, str(tmp_path), port, rank], stdout=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert all("refused" in output for output in outputs)
+    assert run_two(TWO, tmp_path) == ["refused\n", "refused\n"]
     assert [path.name for path in Path(tmp_path).iterdir()] == ["00000002"]

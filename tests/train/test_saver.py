@@ -178,10 +178,10 @@ for step in (0, 3, 6):
     assert meta == {"step": step}
     for shard in tree["x"].addressable_shards:
         assert (np.asarray(shard.data) == step).all()
-print("done", flush=True)
+say("done")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_complete_a_save_between_steps(tmp_path):
-    assert [output.split()[-1] for output in run_two(TWO, tmp_path)] == ["done", "done"]
+    assert run_two(TWO, tmp_path) == ["done\n", "done\n"]
