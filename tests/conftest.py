@@ -6,10 +6,11 @@ import tempfile
 
 from processes import QUICK_FLAGS
 
-# One folder of compiled programs for all workers and processes of these tests, and for no others.
+# One folder of compiled programs for all workers and processes of these tests, and for no others:
+# a new one, unless .ci/run names one for several calls.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     kept = tempfile.TemporaryDirectory(prefix="opd_jax_compiled_", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("OPD_JAX_COMPILED", kept.name)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 
 import uuid
 
+import hypothesis
 import jax
 import pytest
 import s3_server
@@ -36,6 +38,8 @@ LONGEST = (
     *("test_entry", "test_requests", "test_logprobs", "test_repair"),
 )
 
+hypothesis.settings.register_profile("here", deadline=None)  # nothing here is about time
+hypothesis.settings.load_profile("here")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()  # what was imported stays: the collector need not look at it over and over
 gc.set_threshold(50_000, 20, 50)

@@ -1,6 +1,8 @@
 """Python programs in processes of their own."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ def say(*words):
 """
 
 # Tiny models spend their time in the compiler, which does the same programs with less polish.
+LIMIT_SECONDS = 1200  # of whatever must not hang: a busy machine is no error
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
@@ -34,17 +37,29 @@ def run_python(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def free_port():
+    """A port that no connection of another process is given before somebody listens there."""
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_two(code, folder):
     """What each of two processes that JAX joins says; they know `folder`, their `rank` and `say`.
 
     It is not what they print: Gloo prints as well, in the middle of a line if it happens so.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", JOIN + code, str(folder), port]
+    command = [sys.executable, "-c", JOIN + code, str(folder), str(free_port())]
     with tempfile.TemporaryDirectory() as said:
         files = [Path(said, rank) for rank in "01"]
         ranks = [subprocess.Popen([*command, file.name, str(file)]) for file in files]
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        try:
+            assert [rank.wait(timeout=LIMIT_SECONDS) for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
         return [file.read_text() for file in files]

@@ -198,18 +198,20 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
     if not outcome.complete:
         say(stage_line(stage.name, "this share is done, others are not"))
         return
-    ctx.records.finish(
-        stage.name,
-        {
-            "inputs": inputs,
-            "outputs": outcome.outputs,
-            "counts": outcome.counts,
-            **_cost(ctx, stage.name, spent, record),
-        },
-    )
+    cost = _cost(ctx, stage.name, spent, record)  # before the look: who ends it drops the shares'
+    found = {"inputs": inputs, "outputs": outcome.outputs, "counts": outcome.counts, **cost}
+    _finish(ctx, stage.name, found, again=record is not None)
     ctx.records.drop_aside(stage.name, written)
     if stage.name not in forced:
         ctx.records.forget_begun(stage.name)
+
+
+def _finish(ctx: RunContext, name: str, found: Json, *, again: bool) -> None:
+    """Mark a stage complete, unless another share has just done so: its cost is the whole one."""
+    if ctx.share is not None and not again and ctx.records.done(name) is not None:
+        ctx.records.drop_started(name)
+    else:
+        ctx.records.finish(name, found)
 
 
 def _cost(ctx: RunContext, name: str, spent: Spent, before: Json | None) -> Json:

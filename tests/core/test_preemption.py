@@ -12,9 +12,10 @@ TELL = """
 import os, signal, time
 from opd_jax.core.preemption import Preemption
 def tell():
+    jax.experimental.multihost_utils.sync_global_devices("tell")
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)
+    time.sleep(8)  # XLA looks once a second, and tells the other process
 """
 TRAINED = """
 with Preemption() as notice:

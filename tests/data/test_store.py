@@ -279,7 +279,7 @@ WRITER = textwrap.dedent(
     store = open_store(sys.argv[1])
     done = store.committed_keys()
     writer = store.writer()
-    for index in range(400):
+    for index in range(800):
         if (f"p{index:03d}", 0) in done:
             continue
         ids = np.full(20, index, np.int32)
@@ -309,11 +309,11 @@ def test_kill_9_loses_the_open_segment_only_and_a_restart_goes_on(tmp_path):
     done = open_store(tmp_path).committed_keys()
     assert {(f"p{i:03d}", 0) for i in range(12)} <= done
     assert len(done) % 4 == 0
-    assert len(done) < 400
+    assert len(done) < 800
     open_store(tmp_path).freeze().verify()
     start_writer(tmp_path).communicate()
     snapshot = open_store(tmp_path).freeze()
-    assert [r.response_ids[0] for r in snapshot.read_many(range(len(snapshot)))] == [*range(400)]
+    assert [r.response_ids[0] for r in snapshot.read_many(range(len(snapshot)))] == [*range(800)]
 
 
 @pytest.mark.parametrize("remains", ["arrays", "half an array", "all but the commit"])

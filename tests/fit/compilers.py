@@ -26,7 +26,8 @@ def serve(main):
             found = main(*json.loads(line))
         except Exception:
             found = {"error": traceback.format_exc()}
-        print(ANSWER + json.dumps(found), flush=True)
+        sys.stdout.write(f"\n{ANSWER}{json.dumps(found)}\n")  # at once: libraries print as well
+        sys.stdout.flush()
         jax.clear_caches()
 
 

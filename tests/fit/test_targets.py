@@ -111,10 +111,12 @@ def test_every_kind_of_slice_and_card_has_as_many_devices_as_it_is_named_for():
     names += ["2xv5e-16", "2xv5p-8", "2xv5e-1", "2xv4-16"]
     names += ["a100-40:4", "a100-80:8", "h100:8", "h200:2", "b200:8", "h100:16"]
     code = (
+        "import sys\n"
         "from opd_jax.fit.topology import devices_of\n"
         f"for name in {names}:\n"
         "    devices = devices_of(name)\n"
-        "    print('found', name, len(devices), devices[0].device_kind, sep='|')\n"
+        "    said = '|'.join(['found', name, str(len(devices)), devices[0].device_kind])\n"
+        "    sys.stdout.write(f'\\n{said}\\n')  # at once: libraries print as well\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)

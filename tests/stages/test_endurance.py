@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forks import start_run
-from processes import quick_environment
+from processes import LIMIT_SECONDS, free_port, quick_environment
 from safetensors.numpy import load_file
-from test_processes import free_port
 from tiny_run import ROOT, arguments
 
 from opd_jax.main import main
 from opd_jax.train.sources import offline_source
 
 TIMES = ("step_seconds", "tokens_per_second", "data_wait", "memory_gib", "mfu")
-LIMIT_SECONDS = 300
 STATE = "checkpoints/opd/state"
 SETTINGS = ("prompts.opd_limit=40", "train.runs.opd.steps=6", "train.runs.opd.eval_every=2")
 TRAIN = (*SETTINGS, "--stages", "train.opd,export.opd")
@@ -140,15 +138,11 @@ def test_training_goes_on_on_another_mesh(straight, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_told_to_end_and_one_goes_on(scored, straight, tmp_path):
     """SIGTERM reaches one of them alone; both save the same step, and leave."""
-    two = shutil.copytree(scored, tmp_path / "two")
-    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
-    pair = [start(two, 1, *TRAIN, *flags, "--rank", str(rank)) for rank in range(2)]
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not any((two / STATE).glob("*/complete.json")):
-        assert pair[0].poll() is None, pair[0].communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    pair[1].send_signal(signal.SIGTERM)
+    for number in range(5):
+        two = shutil.copytree(scored, tmp_path / f"two{number}")
+        pair = told(two)
+        if [process.wait(LIMIT_SECONDS) for process in pair] != [0, 0]:
+            break  # they did not come to their end before they were told
     said = [finish(process, 143) for process in pair]
     found = [re.findall(r"SIGTERM: step (\d+) is saved in .*goes on from here\n", x) for x in said]
     assert found[0] == found[1]
@@ -156,6 +150,19 @@ def test_two_processes_are_told_to_end_and_one_goes_on(scored, straight, tmp_pat
     assert int(found[0][0]) == int(newest) < 6
     finish(start(two, 1, *TRAIN))
     assert_close(two, straight)
+
+
+def told(run_dir):
+    """Two processes, of which one has got SIGTERM after the first save."""
+    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    pair = [start(run_dir, 1, *TRAIN, *flags, "--rank", str(rank)) for rank in range(2)]
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not any((run_dir / STATE).glob("*/complete.json")):
+        assert pair[0].poll() is None, pair[0].communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    pair[1].send_signal(signal.SIGTERM)
+    return pair
 
 
 def assert_close(run_dir, straight):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from forks import start_run
-from processes import quick_environment
+from processes import LIMIT_SECONDS, quick_environment
 from tiny_run import FRESH, ROOT, arguments
 
 from opd_jax.data.store import open_store
@@ -32,7 +32,6 @@ RUNS = (
     "train.enabled=[opd,opd_topk,opd_online,sft_longer]",
     *("evaluate.base=false", "evaluate.teacher=false"),
 )
-LIMIT_SECONDS = 300
 TRIES = 5
 
 
@@ -132,7 +131,8 @@ def test_killed_again_and_again_rollouts_are_those_of_an_undisturbed_run(after_s
     data, commits = (tmp_path / "killed" / "rollouts" / x for x in ("data", "commits"))
     torn = len(list(data.iterdir())) - len(list(commits.glob("*.json")))
     print(f"commits at the kills: {found}; {torn} kills left a segment without its commit")
-    assert (len(kept), len(found["early"])) == (20, 3)
+    assert len(kept) == 20
+    assert len(found["early"]) >= 3
     assert kept == sorted(set(kept))  # every process committed something before its end
     assert kept[-1] < killed == straight == len(want) == 800
     assert any(before == after for before, after in found["early"])

@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 from forks import MODULE, start_run
+from processes import LIMIT_SECONDS, free_port
 from safetensors.numpy import load_file
-from test_kill import inside
-from test_processes import assert_same_samples, free_port, losses
+from test_kill import TRIES, inside
+from test_processes import assert_same_samples, losses
 from tiny_run import ROOT, arguments
 
 from opd_jax.core import liveness
 
-LIMIT_SECONDS = 400
 RUN = "train.enabled=[opd]"
 # (stage, who is killed): process 0, with which the coordination service goes, and the other one.
 KILLS = (
@@ -67,7 +67,25 @@ def inside_of(run_dir, stage, *words, **kinds):
 
 
 def kill_one(run_dir, stage, rank, program):
-    """What the other one says, its exit code, and how many seconds after the kill it ends."""
+    """What the other one says, its exit code, and how many seconds after the kill it ends.
+
+    Once more from before if the stage was faster than the kill.
+    """
+    before = run_dir.with_name("before")
+    for _ in range(TRIES):
+        shutil.rmtree(before, ignore_errors=True)
+        if run_dir.exists():
+            shutil.copytree(run_dir, before)
+        found = kill_one_inside(run_dir, stage, rank, program)
+        if not (run_dir / "stages" / f"{stage}.json").exists():
+            return found
+        shutil.rmtree(run_dir)
+        if before.exists():
+            before.rename(run_dir)
+    pytest.fail(f"{stage} was over before the kill, {TRIES} times")
+
+
+def kill_one_inside(run_dir, stage, rank, program):
     pair = inside_of(run_dir, stage, *ALL, program=program)
     pair[rank].send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -156,7 +174,7 @@ def test_what_one_of_two_cannot_do_ends_the_other_with_its_line(student, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "prompts", "slots"), [("rollout", 600, 4), ("score", 160, 32)])
+@pytest.mark.parametrize(("stage", "prompts", "slots"), [("rollout", 600, 4), ("score", 320, 32)])
 def test_sigterm_to_one_of_two_ends_both_between_two_batches(
     student, tmp_path, stage, prompts, slots
 ):

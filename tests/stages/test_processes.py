@@ -9,24 +9,17 @@ import sys
 import numpy as np
 import pytest
 from forks import start_run
-from processes import quick_environment
+from processes import LIMIT_SECONDS, free_port, quick_environment
 from safetensors.numpy import load_file
 from tiny_run import FRESH, ROOT, arguments
 
 from opd_jax.data.store import open_store
 
-LIMIT_SECONDS = 400
 EVERY_KIND = (
     *FRESH,
     "train.enabled=[opd,opd_topk,opd_online]",
     "train.runs.opd.refresh.every=2",
 )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(run_dir, devices, *more):

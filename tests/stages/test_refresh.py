@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from forks import start_run
+from processes import LIMIT_SECONDS
 from tiny_run import ROOT, arguments
 
 from opd_jax.data.store import open_store
@@ -23,7 +24,6 @@ SETTINGS = (
     "train.runs.opd.optim.learning_rate=1e-4",
 )
 EVERY = "train.runs.opd.refresh.every=2"
-LIMIT_SECONDS = 300
 TRIES = 5
 
 

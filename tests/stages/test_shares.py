@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from forks import start_run
+from processes import LIMIT_SECONDS
 from tiny_run import ROOT, arguments
 
 from opd_jax.core.run_lock import file_lock
@@ -14,7 +15,6 @@ from opd_jax.data.store import open_store
 from opd_jax.data.store_rows import record_digest
 from opd_jax.main import main
 
-LIMIT_SECONDS = 200
 SETTINGS = ("prompts.opd_limit=48", "score.batch_tokens=32", "score.top_k=4")
 
 

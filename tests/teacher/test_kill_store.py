@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kill_store import KILLS, PASS, RECORDS, same_scores
-from processes import quick_environment
+from processes import LIMIT_SECONDS, quick_environment
 
 from opd_jax.data.store import open_store
 from opd_jax.data.store_rows import record_digest
@@ -23,7 +23,7 @@ def run_children(action, folder):
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            timeout=300,
+            timeout=LIMIT_SECONDS,
             check=False,
         )
     log_text = (folder / "log.txt").read_text()
