@@ -20,8 +20,8 @@ Cut = tuple[tuple[int, ...], tuple[int, ...]]
 def pieces(array: jax.Array, limit: int | None = None) -> Iterator[jax.Array]:
     """Its values in row-major order, bit for bit (NaNs aside); each process has each piece whole.
 
-    Called by every process. Who asks for the next piece has waited for the one before, or they
-    pile up.
+    Called by every process. The next piece is begun when the one before is there: on a CPU with
+    few cores programs of several devices that pile up can wait for each other for ever.
 
     Args:
         limit: bytes of a piece, `PIECE_BYTES` where it is `None`.
@@ -32,7 +32,10 @@ def pieces(array: jax.Array, limit: int | None = None) -> Iterator[jax.Array]:
         yield array
         return
     for starts, sizes in cuts(array.shape, array.dtype.itemsize, limit):
-        yield _cutter(array.sharding, array.ndim, sizes)(array, starts)
+        piece = _cutter(array.sharding, array.ndim, sizes)(array, starts)
+        yield piece
+        piece.block_until_ready()
+        del piece  # or two are held
 
 
 def cuts(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Cut]:
