@@ -47,7 +47,15 @@ if not os.environ.get("OPD_JAX_OPTIMIZED"):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
+    begun = set()
+    for item in items:
+        if item.get_closest_marker("first_by_default"):
+            case_of = item.path, item.originalname
+            if case_of in begun:
+                item.add_marker(pytest.mark.slow)
+            begun.add(case_of)
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 

@@ -48,6 +48,7 @@ def test_chosen_logprobs_equal_the_oracle(v, rows, mesh):
     np.testing.assert_allclose(out.entropy_bt, -(np.exp(full) * full).sum(-1), atol=2e-5)
 
 
+@pytest.mark.first_by_default
 @MESHES
 @pytest.mark.parametrize(
     ("rows", "keep"), [(1, False), (4, True), (7, False), (7, True), (None, True)]
@@ -71,6 +72,7 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, keep, mesh, monkeypatc
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gradient_where_a_mesh_cuts_the_tokens(parts, monkeypatch):
     for limit in ("BLOCK_LOGITS", "CHOSEN_ROWS"):  # chunks of one token of each part
@@ -117,6 +119,7 @@ def test_gradient_at_151936_tokens_equals_the_oracle(mesh):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.first_by_default
 @MESHES
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_certain_token_has_log_prob_0_however_products_are_rounded(mesh, keep, monkeypatch):
@@ -177,6 +180,7 @@ def test_top_k_is_normalised_over_the_whole_vocabulary_and_sorted(v, k, mesh):
     np.testing.assert_allclose(out.logprob_bt, np.take_along_axis(full, ids, -1)[..., 0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_kept_logits_change_nothing():
     """Few tokens keep their logits for the backward pass, in blocks and a smaller last one."""
     keys = jax.random.split(jax.random.key(5), 3)
@@ -201,6 +205,7 @@ def test_kept_logits_change_nothing():
     np.testing.assert_allclose(kept_grads[1], grads[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first_by_default
 @MESHES
 @pytest.mark.parametrize("used", [19, 30, 36])
 @pytest.mark.parametrize(("rows", "keep"), [(7, True), (7, False), (None, True)])

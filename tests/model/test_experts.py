@@ -54,6 +54,7 @@ CASES = {
 }
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("rows", [4, 16, 64])
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_give_what_groups_give(case, rows):
@@ -115,6 +116,7 @@ def test_the_drawing():
     assert blocks.weight_cr.tolist()[2] == [7, 9, 0, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.integers(-2, 7), min_size=1, max_size=30),
@@ -173,6 +175,7 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_the_number_of_experts(dtype):

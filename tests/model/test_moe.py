@@ -88,6 +88,7 @@ def loss(model, params, tokens, positions):
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", [MESHES[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[1:])], ids=str
 )

@@ -23,6 +23,7 @@ def inputs(b=2, t=10):
     return tokens, np.tile(np.arange(t, dtype=np.int32), (b, 1))
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("kind", KINDS, ids=["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("cut", [1, 6])
 def test_prefix_in_a_cache_then_single_tokens_equal_the_whole(kind, cut):
@@ -113,6 +114,7 @@ def test_sharding_rules_refuse_unknown_axes_and_collisions():
         constrain(jnp.ones((3, 4)), mesh, ("batch", "time"), "x")
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_frequent_token_s_embedding_is_a_float32_sum():
     """In bfloat16 its sum over 1,200 positions would stop growing."""
     plain, params = tiny(num_layers=1)

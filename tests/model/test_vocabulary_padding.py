@@ -54,6 +54,7 @@ def test_where_padding_starts():
     assert LanguageModel(TINY).vocabulary == 64
 
 
+@pytest.mark.first_by_default
 @MESHES
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("top_k", [0, TOKENS])
@@ -78,6 +79,7 @@ def test_a_padded_row_is_no_token_to_score():
         Scorer(model, params, TOKENS + 1)
 
 
+@pytest.mark.first_by_default
 @MESHES
 @pytest.mark.parametrize(
     "temperature",
@@ -110,6 +112,7 @@ def logprob_of(name, token):
     return np.asarray(jax.nn.log_softmax(logits))[token]
 
 
+@pytest.mark.first_by_default
 @MESHES
 def test_a_padded_student_learns_the_same_and_its_padding_nothing(mesh):
     batch = {

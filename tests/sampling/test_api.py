@@ -85,12 +85,14 @@ def test_a_sample_depends_on_seed_and_prompt_id(sampler):
     assert len({tuple(drawn(**c)) for c in ({}, {"seed": 1}, {"ids": ["1"]})}) == 3
 
 
+@pytest.mark.slow
 def test_without_a_limit_a_response_may_fill_the_positions(sampler):
     stream = sampler.stream([5] * 2040, min_new_tokens=8)
     "".join(stream)
     assert len(stream.token_ids) == 8
 
 
+@pytest.mark.slow
 def test_without_a_limit_a_long_prompt_beside_it_does_not_cut_a_response(sampler):
     (alone,) = sampler.sample([[5] * 1990])
     assert len(alone.token_ids) > 8
@@ -99,6 +101,7 @@ def test_without_a_limit_a_long_prompt_beside_it_does_not_cut_a_response(sampler
     assert len(long.token_ids) <= 8
 
 
+@pytest.mark.slow
 def test_prompts_have_settings_of_their_own(sampler):
     each = [{}, {"max_new_tokens": 3}, {"temperature": 0.0, "stop": "never said"}]
     prompts, shared = ["one", "two", "three"], {"max_new_tokens": 9, "min_new_tokens": 2}
@@ -111,6 +114,7 @@ def test_prompts_have_settings_of_their_own(sampler):
     assert together[4].token_ids.tolist() == together[5].token_ids.tolist()
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("bend", [{}, {"temperature": 0}, {"min_new_tokens": 9}])
 def test_a_stream_is_the_text_of_its_sample(sampler, bend):
     bend = {"max_new_tokens": 30, **bend}
@@ -276,6 +280,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, folder):
         Sampler.load(folder, compute_dtype="int8")
 
 
+@pytest.mark.slow
 def test_a_mesh_and_other_parameters(sampler, folder):
     spread = Sampler.load(folder, mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
     wanted = sampler.sample([CHAT, "hello"], max_new_tokens=6)

@@ -20,6 +20,7 @@ def test_accelerators_compute_in_bfloat16(monkeypatch, backend, wanted):
     assert load.resolve_dtype("float32") == "float32"
 
 
+@pytest.mark.slow
 def test_log_probs_are_near_the_forward_s_and_what_is_left_has_the_bits_of_the_whole():
     model = tiny_model("qwen3", compute_dtype="bfloat16")
     params = random_params(model)

@@ -163,6 +163,7 @@ def test_equal_prompts_are_read_once():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.exact
 @pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_samples_have_the_same_bits_however_few_pages_there_are(model_and_params, shards):
@@ -180,6 +181,7 @@ def test_samples_have_the_same_bits_however_few_pages_there_are(model_and_params
         np.testing.assert_array_equal(sample.logprobs, found[key].logprobs)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_several_pages_starts_in_them(model_and_params):
     model, params = model_and_params
     sampling = SamplingConfig(max_new_tokens=40, min_new_tokens=40, slots=4)

@@ -34,6 +34,7 @@ def run(model, params, requests, sampling, seed=7, end_ids=END):
     return {(s.request.prompt_id, s.request.sample_index): s for s in samples}
 
 
+@pytest.mark.first_by_default
 @pytest.mark.exact
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_are_the_slow_samplers_and_logprobs_are_teacher_forced(family):
@@ -89,6 +90,7 @@ def straight():
     return model, params, sampling, run(model, params, requests_of(), sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.exact
 def test_number_of_slots_and_order_do_not_matter(straight):
     model, params, sampling, samples = straight
@@ -113,6 +115,7 @@ def test_other_seeds_prompt_ids_and_indices_give_other_samples(straight):
     assert len(texts) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.exact
 def test_a_mesh_gives_the_samples_of_one_device(straight):
     _, params, sampling, samples = straight

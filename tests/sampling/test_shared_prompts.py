@@ -63,6 +63,7 @@ def assert_same(wanted, found):
         np.testing.assert_allclose(sample.logprobs, wanted[key].logprobs, atol=1e-5)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("shards", [1, 2])
 def test_samples_that_share_a_prompt_are_those_that_copy_it(model_and_params, shards):
     model, params = model_and_params
@@ -75,6 +76,7 @@ def test_samples_that_share_a_prompt_are_those_that_copy_it(model_and_params, sh
         np.testing.assert_allclose(sample.logprobs, forced, atol=1e-4)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.exact
 @pytest.mark.parametrize("readers", [3, 5])
 def test_neither_order_nor_restart_change_a_bit(model_and_params, readers):
@@ -87,6 +89,7 @@ def test_neither_order_nor_restart_change_a_bit(model_and_params, readers):
     assert_same(wanted, run(model, params, requests, with_prompts(rows=readers, count=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.exact
 def test_in_a_page_with_many_places_it_does_not_matter_which_a_sample_has():
     model = tiny_model("qwen3", head_dim=64, max_position=512)
@@ -132,6 +135,7 @@ def letters(ids):
     return "".join(chr(97 + token) for token in ids)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_samples_are_those_of_one_device(model_and_params):
     one, params = model_and_params
     model = dataclasses.replace(one, mesh=make_mesh(MeshConfig(tensor=2, fsdp=2)))

@@ -43,6 +43,7 @@ def set_way(monkeypatch, direct):
     monkeypatch.setattr(transforms, "BLOCKS", 2)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("name", BENDS)
 @WAYS
 def test_frequencies_are_the_exact_ones(name, direct, monkeypatch):

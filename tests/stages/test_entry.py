@@ -159,6 +159,7 @@ def test_a_run_says_where_and_on_what_it_works(finished, capsys, monkeypatch):
     assert any("accuracy %" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_tables_are_for_a_run_that_asks_for_them(finished, capsys):
     words = arguments(finished, RUNS, *MESH)
     assert main([*words, "--stages", "rollout,score"]) == 0
@@ -173,6 +174,7 @@ def test_samples_show_the_user_s_text(finished):
     assert asked.rstrip("=").replace("*", "").isdigit()
 
 
+@pytest.mark.slow
 def test_two_teachers_are_refused_and_named(copy_of, capsys):
     """SFT answers by one teacher, scores by another (here: the student's own folder)."""
     other = "model.teacher=configs/quickstart/student"
@@ -215,6 +217,7 @@ def test_a_flipped_bit_in_the_store_is_an_error(copy_of, capsys):
     assert "rollouts" in text
 
 
+@pytest.mark.slow
 def test_a_forced_stage_that_is_refused_keeps_what_it_had(copy_of, capsys):
     words = arguments(copy_of, RUNS, *MESH)
     other = [*words, "model.teacher=/no/such/model", "--stages", "answer", "--force", "answer"]
@@ -226,6 +229,7 @@ def test_a_forced_stage_that_is_refused_keeps_what_it_had(copy_of, capsys):
     assert capsys.readouterr().out.count("done before") == 19
 
 
+@pytest.mark.slow
 def test_a_forced_stage_that_was_killed_leaves_nothing_of_the_old_one(copy_of):
     words = [*arguments(copy_of, RUNS, *MESH), "--stages", "export.opd"]
     assert main([*words, "--force", "export"]) == 2  # outside --stages: nothing happens
@@ -237,6 +241,7 @@ def test_a_forced_stage_that_was_killed_leaves_nothing_of_the_old_one(copy_of):
     assert not list(copy_of.rglob(".*.replaced"))
 
 
+@pytest.mark.slow
 def test_the_same_forced_command_goes_on_where_it_was_ended(copy_of, capsys, monkeypatch):
     """As a queue gives it again, with `--force`: trained steps and the old model are kept."""
     words = [*arguments(copy_of, RUNS, *MESH), "--stages", "train.opd", "--force", "train.opd"]
@@ -264,6 +269,7 @@ def test_the_same_forced_command_goes_on_where_it_was_ended(copy_of, capsys, mon
     assert not (copy_of / ".forced.json").exists()
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_prompts_and_no_models(copy_of, capsys):
     words = arguments(copy_of, RUNS, *MESH, "prompts.eval=/gone", "prompts.sft=/gone")
     assert main([*words, "--stages", "report"]) == 0
@@ -281,6 +287,7 @@ def test_a_stage_without_its_inputs_says_which(tmp_path, capsys):
     assert "stage 'rollout' needs stage 'sft'" in text
 
 
+@pytest.mark.slow
 def test_forcing_rollouts_redoes_the_scores_that_went_with_them(copy_of):
     words = [*arguments(copy_of, RUNS, *MESH), "--stages", "rollout,score"]
     old = json.loads((copy_of / "stages" / "score.json").read_text())
@@ -290,6 +297,7 @@ def test_forcing_rollouts_redoes_the_scores_that_went_with_them(copy_of):
     assert (copy_of / "rollouts" / "teacher" / new["outputs"]["pass"] / "pass.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_training_state_of_other_settings_is_not_resumed(copy_of, capsys):
     (copy_of / "stages" / "train.opd.json").unlink()
     words = arguments(copy_of, RUNS, *MESH, "--stages", "train.opd", "train.runs.opd.tau=5.0")
@@ -297,6 +305,7 @@ def test_a_training_state_of_other_settings_is_not_resumed(copy_of, capsys):
     assert main([*words, "--force", "train.opd"]) == 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_an_older_model_is_left_out_of_the_summary(copy_of):
     words = arguments(copy_of, RUNS, *MESH, "train.runs.opd.tau=5.0", "train.runs.opd.steps=2")
     assert main([*words, "--stages", "train.opd", "--force", "train.opd"]) == 0

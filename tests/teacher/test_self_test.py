@@ -33,6 +33,7 @@ def run_test(scorer, snapshot):
     return self_test(scorer, snapshot, batches)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize(
     "mesh", [None, MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, context=3)], ids=str
 )

@@ -71,6 +71,7 @@ def test_a_resumed_run_ends_with_the_bits_of_a_straight_one(tmp_path, changes):
     assert_resumed_equals(train(tmp_path, **changes), tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_adapters_with_small_moments_and_an_average(tmp_path):
     """The source sees the merged student, the result is the merged average; resumed = straight."""
     changes, seen = {"optim": SMALL, "lora": LORA}, []

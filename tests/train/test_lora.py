@@ -137,6 +137,7 @@ def compiled(adapters, model):
     return step.lower(abstract_state(trains, optimizer), batch_of(b=1), *frozen).compile()
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("fewest", [needed.FEWEST, 1])
 def test_frozen_weights_have_no_gradient_and_no_moment(fewest, monkeypatch):
     """Figures of the compiled step: neither bytes nor operations for what is not trained."""
@@ -157,6 +158,7 @@ def test_frozen_weights_have_no_gradient_and_no_moment(fewest, monkeypatch):
     assert part.cost_analysis()["flops"] < 0.6 * whole.cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_targets_that_a_mixture_has_in_experts_only_are_refused():
     every, _ = tiny(sparse_layers=(0, 1), **MIXTURE)
     assert set(Adapters(every, LoraConfig()).targets()) == {"wq", "wk", "wv", "wo"}

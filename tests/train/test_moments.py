@@ -89,6 +89,7 @@ def test_an_average_costs_one_float32_copy():
     assert extra[1] - extra[0] == sum(4 * x.size for x in jax.tree.leaves(params))
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("moment", ["first", "second"])
 def test_rounding_keeps_the_mean(kind, moment):

@@ -108,6 +108,7 @@ def test_skip_leaves_the_parameters_as_they_were_and_goes_on_and_so_does_a_resum
     assert_equal(straight.params, resumed.params)
 
 
+@pytest.mark.slow
 def test_steps_in_a_row_end_the_run_over_restarts_too(tmp_path):
     many = {"steps": 30, "on_nonfinite": "skip"}
     bad = {1, *range(3, 30)}

@@ -31,6 +31,7 @@ def after_updates(offload, sound, **optim):
     return jax.device_get((updates, state))
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("optim", VARIANTS, ids=["float32", "int8", "bfloat16"])
 @pytest.mark.parametrize("sound", [True, False])
 def test_updates_and_state_are_those_of_the_optimizer_as_a_whole(optim, sound):
@@ -46,6 +47,7 @@ def test_updates_and_state_are_those_of_the_optimizer_as_a_whole(optim, sound):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("optim", VARIANTS, ids=["float32", "int8", "bfloat16"])
 def test_what_is_shaped_like_parameters_lies_on_the_host_and_checkpoints_fit_both(tmp_path, optim):
     model, params = tiny(make_mesh(MeshConfig(fsdp=2, tensor=2)), num_layers=1)

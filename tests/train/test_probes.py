@@ -62,6 +62,7 @@ def test_held_out_figures_of_the_sampler_itself_are_at_rest():
     assert 0 < figures["heldout_entropy"] < np.log(64)
 
 
+@pytest.mark.slow
 def test_the_top_k_objective_on_held_out_rollouts_is_that_of_a_hand_count():
     """In three micro-batches, the last of them not full, and on a mesh."""
     model, params = tiny()

@@ -88,6 +88,7 @@ def assert_same(straight, resumed):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_every", "cuts"),
     [pytest.param(1, (1, 3, 4), marks=pytest.mark.slow), (3, (2, 4, 4))],

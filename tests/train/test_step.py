@@ -84,6 +84,7 @@ WITH_ALL = Terms(
 )
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize(
     "objective",
@@ -111,6 +112,7 @@ def test_logits_that_nobody_reads_can_be_left_out(objective, pieces, monkeypatch
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.exact
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
 def test_four_devices_equal_one(objective):
@@ -118,6 +120,7 @@ def test_four_devices_equal_one(objective):
     np.testing.assert_allclose(losses, run(objective)[0], atol=1e-5)
 
 
+@pytest.mark.first_by_default
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(data=2, tensor=2)])
 def test_other_meshes_equal_one_device(mesh):
     objective = Objective("sampled")
