@@ -38,7 +38,9 @@ LONGEST = (
     *("test_entry", "test_requests", "test_logprobs", "test_repair"),
 )
 
-hypothesis.settings.register_profile("here", deadline=None)  # nothing here is about time
+hypothesis.settings.register_profile(  # no property is about time
+    "here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("here")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()  # what was imported stays: the collector need not look at it over and over

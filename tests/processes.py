@@ -17,8 +17,9 @@ def say(*words):
     print(*words, file=said, flush=True)
 """
 
-# Tiny models spend their time in the compiler, which does the same programs with less polish.
 LIMIT_SECONDS = 1200  # of whatever must not hang: a busy machine is no error
+
+# Tiny models spend their time in the compiler, which does the same programs with less polish.
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
@@ -38,7 +39,7 @@ def run_python(code, *arguments):
 
 
 def free_port():
-    """A port that no connection of another process is given before somebody listens there."""
+    """A port below those that Linux gives to connections: nobody is given it before it is used."""
     chance = random.SystemRandom()
     while True:
         port = chance.randrange(15_000, 32_000)

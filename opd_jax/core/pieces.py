@@ -35,7 +35,7 @@ def pieces(array: jax.Array, limit: int | None = None) -> Iterator[jax.Array]:
         piece = _cutter(array.sharding, array.ndim, sizes)(array, starts)
         yield piece
         piece.block_until_ready()
-        del piece  # or two are held
+        del piece
 
 
 def cuts(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Cut]:

@@ -181,6 +181,7 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
         say(stage_line(stage.name, f"done before, but {gap}: making it good"))
     barrier(f"start of {stage.name}")
     _write_config(ctx)
+    before = ctx.records.done(stage.name)
     part = stage.name if ctx.share is None else "{}.share-{}-of-{}".format(stage.name, *ctx.share)
     try:
         with _timed(ctx, part, inputs) as elapsed:
@@ -200,15 +201,19 @@ def _run_stage(ctx: RunContext, stage: Stage, forced: Sequence[str]) -> None:
         return
     cost = _cost(ctx, stage.name, spent, record)  # before the look: who ends it drops the shares'
     found = {"inputs": inputs, "outputs": outcome.outputs, "counts": outcome.counts, **cost}
-    _finish(ctx, stage.name, found, again=record is not None)
+    _finish(ctx, stage.name, found, before)
     ctx.records.drop_aside(stage.name, written)
     if stage.name not in forced:
         ctx.records.forget_begun(stage.name)
 
 
-def _finish(ctx: RunContext, name: str, found: Json, *, again: bool) -> None:
-    """Mark a stage complete, unless another share has just done so: its cost is the whole one."""
-    if ctx.share is not None and not again and ctx.records.done(name) is not None:
+def _finish(ctx: RunContext, name: str, found: Json, before: Json | None) -> None:
+    """Mark a stage complete, unless another share has just done so: its cost is the whole one.
+
+    Args:
+        before: the stage's record when this run of it began.
+    """
+    if ctx.share is not None and ctx.records.done(name) not in (None, before):
         ctx.records.drop_started(name)
     else:
         ctx.records.finish(name, found)

@@ -89,9 +89,7 @@ value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh", [MESHES[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[1:])], ids=str
-)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_sharded_equals_unsharded_with_gradients(mesh):
     model, params = model_on()
     sharded, on_mesh = model_on(mesh=tuple(mesh.items()))

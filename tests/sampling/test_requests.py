@@ -165,7 +165,7 @@ def test_equal_prompts_are_read_once():
 
 @pytest.mark.slow
 @pytest.mark.exact
-@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("shards", [1, 2])
 def test_samples_have_the_same_bits_however_few_pages_there_are(model_and_params, shards):
     """With a page of every level for each slot, and with so few that samples wait for them."""
     model, params = model_and_params

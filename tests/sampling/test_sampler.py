@@ -115,7 +115,6 @@ def test_other_seeds_prompt_ids_and_indices_give_other_samples(straight):
     assert len(texts) == 6
 
 
-@pytest.mark.slow
 @pytest.mark.exact
 def test_a_mesh_gives_the_samples_of_one_device(straight):
     _, params, sampling, samples = straight

@@ -66,10 +66,13 @@ def test_a_share_that_ends_just_after_another_leaves_the_record_as_it_is(tmp_pat
     ctx.records.finish("score", {"inputs": INPUTS, **other})
     ctx.records.tick("score.share-1-of-2", INPUTS, Spent(3.1, 6.2))  # its last one
     mine = pipeline._cost(ctx, "score", Spent(), None)
-    pipeline._finish(ctx, "score", {"inputs": INPUTS, **mine}, again=False)
+    pipeline._finish(ctx, "score", {"inputs": INPUTS, **mine}, None)
     assert ctx.records.done("score")["device_seconds"] == 16.0
     assert not list((tmp_path / "stages").glob("*.started.json"))
-    pipeline._finish(ctx, "score", {"inputs": INPUTS, **mine}, again=True)
+    before = ctx.records.done("score")  # as where this one makes good what has gone
+    pipeline._finish(ctx, "score", {"inputs": INPUTS, **mine}, before)
+    assert ctx.records.done("score") == {"inputs": INPUTS, **mine}
+    pipeline._finish(ctx, "score", {"inputs": INPUTS}, before)  # as another one, too
     assert ctx.records.done("score") == {"inputs": INPUTS, **mine}
 
 

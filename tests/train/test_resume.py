@@ -89,10 +89,7 @@ def assert_same(straight, resumed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("save_every", "cuts"),
-    [pytest.param(1, (1, 3, 4), marks=pytest.mark.slow), (3, (2, 4, 4))],
-)
+@pytest.mark.parametrize(("save_every", "cuts"), [(1, (1, 3, 4)), (3, (2, 4, 4))])
 def test_evaluations_and_what_follows_from_them_are_those_of_a_straight_run(
     tmp_path, save_every, cuts
 ):
