@@ -116,9 +116,7 @@ def main():
         run(root / "1", 1, given.words)
         alone = contents(root / "1")
         figures["seconds.1"] = alone[3]
-        print(
-            f"{len(alone[0]):,} responses; against one process with {DEVICES} devices, {alone[3]:.0f} s"
-        )
+        print(f"{len(alone[0]):,} responses; one process with {DEVICES} devices: {alone[3]:.0f} s")
         for processes in (2, 4):  # each shown when it is there: the next may fail
             run(root / str(processes), processes, given.words)
             found = contents(root / str(processes))
