@@ -107,6 +107,19 @@ def test_no_device_ever_holds_more_than_its_shard_or_a_piece():
         assert max(held) <= max(shard, limit), name
 
 
+def test_a_piece_is_begun_when_the_one_before_is_there(monkeypatch):
+    """Programs of several devices that pile up can wait for each other for ever."""
+    seen = []
+
+    class Piece:
+        def block_until_ready(self):
+            seen.append("there")
+
+    monkeypatch.setattr(module, "_cutter", lambda *_: lambda *_: seen.append("begun") or Piece())
+    assert len(list(pieces(jnp.zeros(8), 16))) == 2
+    assert seen == ["begun", "there"] * 2
+
+
 @pytest.mark.parametrize(
     ("shape", "limit", "count", "largest"),
     [
