@@ -47,7 +47,7 @@ def loops(student, teacher, sampler, tau):
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from([0.2, 10.0]))
 def test_every_figure_equals_the_loop(seed, tau):
     found, want = drift(*rows(seed), tau), loops(*rows(seed), tau)

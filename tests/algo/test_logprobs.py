@@ -137,7 +137,7 @@ def test_a_certain_token_has_log_prob_0_however_products_are_rounded(mesh, keep,
     np.testing.assert_array_equal(top.logprob_bt, 0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000), st.floats(-30, 30))
 def test_a_shift_of_all_logits_changes_nothing(seed, shift):
     hidden, head, ids, _ = arrays(1, 3, 4, 11, 2, seed)

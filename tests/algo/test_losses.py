@@ -47,7 +47,7 @@ def plain(student, teacher, weight, tau):
     return sampled_opd(TokenLogprobs(student, teacher, student, mask), weight, Terms(tau))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.sampled_from([0.5, 2.0, 10.0]))
 def test_sampled_loss_equals_the_oracle(seed, tau):
     student, teacher, mask, weight = batch(seed)
@@ -56,7 +56,7 @@ def test_sampled_loss_equals_the_oracle(seed, tau):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.sampled_from([0.5, 2.0, 10.0]))
 def test_sampled_gradient_is_that_of_half_the_squared_gap(seed, tau):
     """METHOD: the surrogate's gradient is that of (l_theta - l_T)^2 / 2, Huber's once clipped."""
@@ -112,7 +112,7 @@ def packed(seed):
     return TokenLogprobs(student, teacher, sampler, mask, segments), responses
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, TERMS, st.booleans())
 def test_every_term_equals_the_oracle_in_packed_rows(seed, terms, per_token):
     tokens, responses = packed(seed)
@@ -127,7 +127,7 @@ def test_every_term_equals_the_oracle_in_packed_rows(seed, terms, per_token):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.sampled_from([Terms(weight_cap=2.0), Terms(position_gamma=0.5)]))
 def test_weights_and_advantages_carry_no_gradient(seed, terms):
     tokens, _ = packed(seed)
@@ -180,7 +180,7 @@ def test_no_term_reads_what_is_masked(poison):
     np.testing.assert_array_equal(clean[1], found[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_the_clipped_ratio_starts_with_the_paper_s_gradient(seed):
     """At the policy that drew the samples the ratio is 1, and nothing is clipped."""
@@ -197,7 +197,7 @@ def test_the_clipped_ratio_starts_with_the_paper_s_gradient(seed):
     np.testing.assert_array_equal(np.asarray(far)[mask & ~past], 0.0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_the_anchor_pulls_to_the_sampler_in_either_objective(seed):
     """Gradient of c weight (l - l_R)^2 / 2, Huber's once clipped."""
@@ -216,7 +216,7 @@ def test_the_anchor_pulls_to_the_sampler_in_either_objective(seed):
     np.testing.assert_allclose(jax.grad(added)(student), want, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.booleans())
 def test_topk_kl_equals_the_oracle_and_is_never_negative(seed, tail):
     student, teacher, rest = support(seed)

@@ -60,7 +60,7 @@ def test_rows_are_spread_so_that_a_step_cuts_them_into_full_micro_batches():
     assert pieces == [[["a"], ["b"]], [["c"], ["d"]], [["e"], []], [[], []]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
 def test_packing_keeps_every_item_once_and_no_row_overflows(lengths):
     rows = pack(lengths, 20)
@@ -68,7 +68,7 @@ def test_packing_keeps_every_item_once_and_no_row_overflows(lengths):
     assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60))
 def test_best_fit_keeps_every_item_once_and_fills_rows(lengths):
     rows = best_fit(lengths, 20)

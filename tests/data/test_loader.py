@@ -13,13 +13,13 @@ def take(steps, records, global_batch, seed=3):
     return sequence_steps(records, global_batch, seed, steps)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(8, 40), st.sampled_from([4, 8]), st.integers(0, 2**31), st.integers(1, 9))
 def test_the_steps_of_a_longer_run_begin_with_those_of_a_shorter(records, batch, seed, steps):
     assert take(9, records, batch, seed)[:steps] == take(steps, records, batch, seed)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=30), st.integers(9, 40))
 def test_steps_by_tokens_take_all_records_in_turn_and_no_more_than_fits(lengths, room):
     steps = token_steps(lengths, room, 3, 12)

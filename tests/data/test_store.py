@@ -10,7 +10,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupts import interrupt_commits
 
@@ -83,7 +83,7 @@ def stored_records(draw):
     return records
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(stored_records(), st.integers(1, 4))
 def test_what_is_written_is_read(records, flush_every):
     with tempfile.TemporaryDirectory() as folder:

@@ -52,7 +52,7 @@ def assert_same(actual, wanted):
             np.testing.assert_array_equal(value, expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.permutations(range(len(LENGTHS))), st.sampled_from([0, 1, 5, 64]), st.integers(1, 6))
 def test_scores_come_back_whatever_order_they_were_made_in(order, k, flush_every):
     with tempfile.TemporaryDirectory() as folder:

@@ -117,7 +117,7 @@ def test_the_drawing():
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(-2, 7), min_size=1, max_size=30),
     st.integers(1, 6),

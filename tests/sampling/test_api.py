@@ -187,7 +187,7 @@ def test_what_may_become_a_stop_string_is_held_back():
     assert not any(piece.endswith("S") for piece in pieces)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     text=st.text(alphabet="abé🦊\n", max_size=40),
     noise=st.lists(st.integers(0, 258), max_size=3),

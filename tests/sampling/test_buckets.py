@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_jax.sampling import buckets
@@ -29,7 +29,6 @@ def test_fixed_buckets_hold_the_prompt_and_pad_by_less_than_a_half():
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.integers(1, 3))
-@settings(deadline=None)
 def test_no_other_buckets_pad_less(prompts, shift):
     """Against every choice of at most three of the padded lengths that occur."""
 
@@ -53,7 +52,6 @@ def test_no_other_buckets_pad_less(prompts, shift):
 
 
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=400))
-@settings(deadline=None)
 def test_every_prompt_has_a_bucket(prompts):
     found = plan_prefills(prompts, lambda length: 1, None)
     assert len(found.lengths) <= buckets.MOST_BUCKETS

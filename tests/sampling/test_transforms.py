@@ -69,7 +69,7 @@ def test_greedy_is_the_likeliest_token_whatever_the_others_draw(direct, monkeypa
     assert drawn(keys, jnp.asarray(logits_v)[None], temperature=0.0).tolist() == [4]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrays(np.int32, 9, elements=st.integers(-40, 40), unique=True),
     st.sampled_from([0.3, 1.0, 2.0]),

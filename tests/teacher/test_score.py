@@ -66,7 +66,7 @@ def test_scores_equal_an_unpadded_forward_in_float64(mesh):
         )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(2, 400), min_size=1, max_size=60), st.integers(16, 2000))
 def test_batches_cover_every_record_once_within_their_shape(tokens, batch_tokens):
     model, params = tiny()

@@ -77,7 +77,7 @@ def test_restores_bit_for_bit_on_this_and_other_meshes(tmp_path, shape, spec):
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5)),
     hnp.arrays(np.int32, hnp.array_shapes(max_dims=2, max_side=5)),

@@ -19,7 +19,7 @@ from opd_jax.train.sources import Packing
 from opd_jax.train.step import Objective
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 3), st.integers(0, 20))
 def test_held_out_prompts_are_whole_and_few(prompts, samples, wanted):
     names = [f"p{i}" for i in range(prompts) for _ in range(samples)]
