@@ -25,6 +25,7 @@ from opd_jax.model.cache import (
     room,
 )
 from opd_jax.model.decode import decode, logits
+from opd_jax.model.spread import spread_rows
 from opd_jax.model.transformer import LanguageModel, Params
 from opd_jax.sampling.keys import sample_keys, token_keys
 from opd_jax.sampling.transforms import Transform, Uses, bend, draw
@@ -283,7 +284,8 @@ def _draw(program: Program, params: Params, hidden_bd: jax.Array, slots: Slots) 
     uses = program.uses
     logits_bv = logits(program.model, params, hidden_bd)
     bent_bv = bend(_without_end(program, logits_bv, slots), slots.transform, uses)
-    keys_b = token_keys(slots.base_b, slots.count_b)
+    # Laid out as the rows of the logits are: their noise would fetch the keys in its loops.
+    keys_b = spread_rows(program.mesh, token_keys(slots.base_b, slots.count_b))
     token_b = draw(keys_b, bent_bv, slots.transform.temperature_b == 0, uses)
     logprob_b = _logprob(logits_bv, token_b)
     drawn_b = _logprob(bent_bv, token_b) if uses.bends else logprob_b
