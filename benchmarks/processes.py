@@ -1,12 +1,15 @@
-"""The whole quickstart on four devices: in one process, in two and in four.
+"""The whole quickstart on two devices and on four: in one process, and in two and four.
 
     python benchmarks/processes.py
 
 One after the other, each with the same seed and the same mesh; every device is a fake one on the
-cores of this machine. Compared with the one process: how many responses (answers and rollouts) have
-other tokens, the largest difference of their log-probs, of the teacher's scores and of the exported
-parameters; 0 is equality to the bit. Seconds are those of the stages: several processes on one
-machine only cost.
+cores of this machine. Compared with one process that has all of the devices: how many responses
+(answers and rollouts) have other tokens, the largest difference of their log-probs, of the
+teacher's scores and of the exported parameters; 0 is equality to the bit. Seconds are those of the
+stages: several processes on one machine only cost.
+
+`NAME.2x1` is of two processes with one device each. Sums over two devices do not depend on their
+order; those over more do, and one process adds in another order than several do.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from common import ROOT, report
 
-DEVICES = 4
+PROCESSES = {2: (2,), 4: (2, 4)}
+"""By the devices of all processes together."""
 
 
 def free_port():
@@ -32,9 +36,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(run_dir, processes, words):
-    """The quickstart in so many processes, which have `DEVICES` devices together."""
-    flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+def run(run_dir, devices, processes, words):
+    """The quickstart in so many processes, which have so many devices together."""
+    flags = f"--xla_force_host_platform_device_count={devices // processes}"
     command = [
         *(sys.executable, "-m", "opd_jax.main"),
         *("--config", str(ROOT / "configs" / "quickstart.yaml"), f"run_dir={run_dir}", *words),
@@ -108,23 +112,31 @@ def compare(one, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
+    parser.add_argument("--devices", nargs="+", type=int, default=[*PROCESSES], choices=PROCESSES)
     parser.add_argument("words", nargs="*", help="settings of the config, as KEY=VALUE")
     given = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = given.keep or Path(scratch)
-        run(root / "1", 1, given.words)
-        alone = contents(root / "1")
-        figures["seconds.1"] = alone[3]
-        print(f"{len(alone[0]):,} responses; one process with {DEVICES} devices: {alone[3]:.0f} s")
-        for processes in (2, 4):  # each shown when it is there: the next may fail
-            run(root / str(processes), processes, given.words)
-            found = contents(root / str(processes))
-            differences = compare(alone, found) | {"seconds": found[3]}
-            for key, value in differences.items():
-                print(f"  {f'{key}.{processes}':28} {value:10.4g}", flush=True)
-            figures |= {f"{key}.{processes}": value for key, value in differences.items()}
+        for devices in given.devices:
+            figures |= on_devices(root, devices, given.words)
     report("processes", figures)
+
+
+def on_devices(root, devices, words):
+    """Figures of all numbers of processes, each shown when it is there: the next may fail."""
+    run(root / f"1x{devices}", devices, 1, words)
+    alone = contents(root / f"1x{devices}")
+    figures = {f"seconds.1x{devices}": alone[3]}
+    print(f"{len(alone[0]):,} responses; one process with {devices} devices: {alone[3]:.0f} s")
+    for processes in PROCESSES[devices]:
+        name = f"{processes}x{devices // processes}"
+        run(root / name, devices, processes, words)
+        found = contents(root / name)
+        for key, value in (compare(alone, found) | {"seconds": found[3]}).items():
+            print(f"  {f'{key}.{name}':28} {value:10.4g}", flush=True)
+            figures[f"{key}.{name}"] = value
+    return figures
 
 
 if __name__ == "__main__":
