@@ -56,7 +56,7 @@ def split_layers(model: LanguageModel, params: Params) -> Params:
 
     layers = tuple(
         _joined(model.mesh, {name: leaf(name, x[i]) for name, x in run.items()})
-        for run in layer_runs(model.arch, params)
+        for run, _ in layer_runs(model.arch, params)
         for i in range(len(run["attn_norm"]))
     )
     tables = {n: spread_weight(model.mesh, n, params[n]) for n in ("embed", "head") if n in params}

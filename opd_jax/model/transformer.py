@@ -23,19 +23,20 @@ from jax.sharding import Mesh
 
 from opd_jax.core.mesh import constrain, sharding_for
 from opd_jax.model.architecture import Architecture
-from opd_jax.model.attention import SAVED
 from opd_jax.model.attention_choice import attend_rows
 from opd_jax.model.embedding import embed
+from opd_jax.model.gradient_sums import sum_gradients
 from opd_jax.model.linear import linear
 from opd_jax.model.moe import RouterSums, moe_mlp
 from opd_jax.model.norm import rms_norm
+from opd_jax.model.remat import LAYER_INPUT, remat
 from opd_jax.model.rope import RopeTables, rope_tables, rotate
 
 Params = dict[str, Any]
 Mixed = tuple[jax.Array, Any]
 """The attention output, and what to keep of keys and values."""
-SAVED_NAMES = (SAVED, "attended", "gate", "up")
-LAYER_INPUT = "layer_input"
+Carry = tuple[jax.Array, Params | None]
+"""Of the layers: hidden states, and `sums`."""
 HIDDEN_AXES = ("batch", "time", "replicated")
 
 
@@ -49,6 +50,7 @@ class ForwardOutput(NamedTuple):
     head_vd: jax.Array
     """`LanguageModel.head_parameter`. A loss reads it from here: a tied embedding's gradients as
     input and as head are then one array."""
+    sums: Params | None  # those given
 
 
 def _weight(
@@ -207,6 +209,7 @@ class LanguageModel:
         positions_bt: jax.Array,
         segments_bt: jax.Array | None = None,
         counted_bt: jax.Array | None = None,
+        sums: Params | None = None,
     ) -> ForwardOutput:
         """Run the decoder on whole sequences (`model.decode` adds single tokens to a cache).
 
@@ -217,6 +220,7 @@ class LanguageModel:
             segments_bt: int32; tokens attend within their segment, where they lie in the order of
                 their positions. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
+            sums: what the gradients of the stacked layers are added to, as `sum_gradients` does.
         """
         x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype, self.mesh)
         head_vd = self.head_parameter(params | {"embed": table_vd})
@@ -227,32 +231,44 @@ class LanguageModel:
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> Mixed:
             return attend_rows(self.attention, self.mesh, q, k, v, segments_bt), (k, v)
 
-        def body(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
+        def one(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
             x = checkpoint_name(x, LAYER_INPUT)
             x, new, router = run_layer(self, layer, x, rope, mix, counted_bt)
             return constrain(x, self.mesh, HIDDEN_AXES, "hidden"), (new, router)
 
+        def body(carry: Carry, xs: tuple[Params, Any]) -> tuple[Carry, Any]:
+            (x, sums), (layer, rows) = carry, xs
+            if sums is not None:
+                layer, sums = sum_gradients(layer, sums, rows)
+            x, kept = remat(one, self.remat)(x, layer)
+            return (x, sums), kept
+
         new, routers = [], []
-        for run in layer_runs(self.arch, params):
-            x_btd, (kept, router) = jax.lax.scan(_remat(body, self.remat), x_btd, run)
+        for run, places in layer_runs(self.arch, params):
+            rows = {group: jnp.arange(at.start, at.stop) for group, at in places.items()}
+            (x_btd, sums), (kept, router) = jax.lax.scan(body, (x_btd, sums), (run, rows))
             new.append(kept)
             routers += [] if router is None else [router]
         keys, values = _joined(new)
         hidden_btd = rms_norm(x_btd, params["final_norm"], self.arch.norm_eps)
         router = _joined(routers) if routers else None
-        return ForwardOutput(hidden_btd, keys, values, router, head_vd)
+        return ForwardOutput(hidden_btd, keys, values, router, head_vd, sums)
 
 
-def layer_runs(arch: Architecture, params: Params) -> Iterator[Params]:
-    """Stacked parameters of every longest run of layers of one kind, from the first layer on."""
+def layer_runs(arch: Architecture, params: Params) -> Iterator[tuple[Params, dict[str, range]]]:
+    """Stacked parameters of every longest run of layers of one kind, from the first layer on.
+
+    With each its rows in the stacks of `layers`, and in those of `dense` or `moe`.
+    """
     sparse, used = set(arch.sparse_layers), {"dense": 0, "moe": 0}
     kinds = itertools.groupby("moe" if i in sparse else "dense" for i in range(arch.num_layers))
     for kind, group in kinds:
         length, own, start = len(list(group)), used[kind], sum(used.values())
-        yield {
-            **jax.tree.map(lambda x, a=start, b=length: x[a : a + b], params["layers"]),
-            **jax.tree.map(lambda x, a=own, b=length: x[a : a + b], params[kind]),
-        }
+        rows = {"layers": range(start, start + length), kind: range(own, own + length)}
+        run: Params = {}
+        for name, at in rows.items():
+            run |= jax.tree.map(lambda x, at=at: x[at.start : at.stop], params[name])
+        yield run, rows
         used[kind] += length
 
 
@@ -264,28 +280,6 @@ def _joined(runs: list[Any]) -> Any:
 def cast(params: Params, dtype: str) -> Params:
     """Every parameter in the compute dtype."""
     return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-def _remat(body: Any, policy: str) -> Any:
-    """What the backward pass finds of a layer.
-
-    `none`: the named products; norms, activations, experts and `xla` attention are computed again.
-    `dots`: the products with weights, but not attention. `full`: the layer's input. `offload`: the
-    same, kept in the host's memory, from which the backward pass fetches it layer by layer.
-    """
-    policies = jax.checkpoint_policies
-    saved = {
-        "none": policies.save_only_these_names(*SAVED_NAMES),
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "full": policies.nothing_saveable,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[LAYER_INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }
-    return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
 def run_layer(

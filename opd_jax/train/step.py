@@ -25,6 +25,7 @@ from opd_jax.algo.losses import (
 )
 from opd_jax.core.mesh import batch_sharding, replicated
 from opd_jax.errors import ConfigError
+from opd_jax.model.gradient_sums import STACKED
 from opd_jax.model.lora import Adapters
 from opd_jax.model.moe import RouterSums, balance_loss, router_metrics
 from opd_jax.model.transformer import ForwardOutput, LanguageModel, Params
@@ -61,15 +62,25 @@ def batch_loss(model: LanguageModel, objective: Objective, params: Params, batch
     Args:
         batch: as `data.collate` makes it.
     """
+    return _loss_and_sums(model, objective, params, batch, None)[0]
+
+
+def _loss_and_sums(
+    model: LanguageModel, objective: Objective, params: Params, batch: Batch, sums: Params | None
+) -> tuple[Loss, Params | None]:
+    """`batch_loss`, and the sums that went through `LanguageModel.forward`."""
     out = model.forward(
         params,
         batch["input_bt"],
         batch["positions_bt"],
         batch.get("segments_bt"),
         _counted(batch) if model.arch.sparse_layers else None,
+        sums,
     )
     loss = _token_loss(model, objective, out, batch)
-    return loss if out.router is None else _with_router(loss, out.router, objective.router_balance)
+    if out.router is not None:
+        loss = _with_router(loss, out.router, objective.router_balance)
+    return loss, out.sums
 
 
 def _counted(batch: Batch) -> jax.Array:
@@ -138,7 +149,7 @@ def gradients(
     params: Params,
     batch: Batch,
     pieces: int,
-    attach: Callable[[Params], Params] = lambda params: params,
+    attach: Callable[[Params], Params] | None = None,
 ) -> tuple[Params, Loss]:
     """Gradient of the loss's total, added up over `pieces` micro-batches (not yet divided).
 
@@ -146,11 +157,11 @@ def gradients(
 
     Args:
         params: what is trained.
-        attach: from these to the parameters of a forward.
+        attach: from these to the parameters of a forward; `None`: they are these.
     """
 
     def total(params: Params, piece: Batch) -> tuple[jax.Array, Loss]:
-        loss = batch_loss(model, objective, attach(params), piece)
+        loss = batch_loss(model, objective, attach(params) if attach else params, piece)
         return loss.total, loss
 
     grad_fn = jax.grad(total, has_aux=True)
@@ -162,11 +173,36 @@ def gradients(
 
     def body(number: jax.Array, carry: tuple[Params, Loss]) -> tuple[Params, Loss]:
         piece = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, False), cut)
+        if attach is None:
+            return _with_gradients(model, objective, params, piece, carry)
         return jax.tree.map(jnp.add, carry, grad_fn(params, piece))
 
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], cut))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, used, body, zero)
+
+
+def _with_gradients(
+    model: LanguageModel,
+    objective: Objective,
+    params: Params,
+    piece: Batch,
+    before: tuple[Params, Loss],
+) -> tuple[Params, Loss]:
+    """`before`, and a micro-batch's gradients and loss: those of the layers are added in place."""
+    stacks = {name: x for name, x in params.items() if name in STACKED}
+    others = {name: x for name, x in params.items() if name not in STACKED}
+    sums, losses = before
+
+    def total(others: Params, passing: Params) -> tuple[tuple[jax.Array, Any], Loss]:
+        loss, passed = _loss_and_sums(model, objective, {**others, **stacks}, piece, passing)
+        return (loss.total, passed), loss
+
+    # What passes through is not read: any arrays of these shapes would do.
+    _, pull, loss = jax.vjp(total, others, stacks, has_aux=True)
+    grads, summed = pull((jnp.ones_like(loss.total), {name: sums[name] for name in stacks}))
+    added = {name: jax.tree.map(jnp.add, sums[name], x) for name, x in grads.items()}
+    return {**added, **summed}, jax.tree.map(jnp.add, losses, loss)
 
 
 def _interleave(x: jax.Array, pieces: int) -> jax.Array:
@@ -200,8 +236,8 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch, *frozen: Params
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        attach = [functools.partial(adapters.attach, *frozen)] if adapters else []
-        grads, loss = gradients(model, objective, state.params, batch, pieces, *attach)
+        attach = functools.partial(adapters.attach, *frozen) if adapters else None
+        grads, loss = gradients(model, objective, state.params, batch, pieces, attach)
         scale = 1 / jnp.maximum(loss.divisor, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
         grad_norm = optax.tree.norm(grads)

@@ -13,7 +13,7 @@ from opd_jax.core.mesh import make_mesh
 from opd_jax.errors import ConfigError
 from opd_jax.model import attention_kernels
 from opd_jax.model.attention_kernels import splash_attention, splash_block, triton_attention
-from opd_jax.model.transformer import _remat
+from opd_jax.model.remat import remat
 
 KERNELS = [splash_attention, triton_attention]
 names = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
@@ -94,7 +94,7 @@ def test_the_kernel_runs_again_only_where_the_policy_says_so(policy, forwards):
     """Triton's; `tests/fit/test_step_compiles.py` counts both kernels in compiled programs."""
     q, k, v, segments, _ = inputs(triton_attention, 64)
     attend = functools.partial(triton_attention, mesh=None, interpret=True)
-    body = _remat(lambda q, k, v: attend(q, k, v, segments), policy)
+    body = remat(lambda q, k, v: attend(q, k, v, segments), policy)
 
     def calls(function):
         return str(jax.make_jaxpr(function)(q, k, v)).count("pallas_call[")

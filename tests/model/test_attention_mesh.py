@@ -18,7 +18,7 @@ from opd_jax.model.attention import attend_chunked
 from opd_jax.model.attention_choice import attend_rows
 from opd_jax.model.attention_kernels import splash_attention
 from opd_jax.model.attention_mesh import Inputs, mirrored, on_each_device, places
-from opd_jax.model.transformer import _remat
+from opd_jax.model.remat import remat
 
 
 def cut_attention(mesh, block=8):
@@ -93,7 +93,7 @@ def test_key_and_value_gradients_are_scattered_in_float32():
 def test_tiles_are_computed_again_only_where_the_policy_says_so(policy, forwards):
     q, k, v, segments, _ = inputs(32)
     form = cut_attention(make_mesh(MESHES["four"]))
-    body = _remat(lambda q, k, v: form(q, k, v, segments), policy)
+    body = remat(lambda q, k, v: form(q, k, v, segments), policy)
 
     def products(function):
         return str(jax.make_jaxpr(function)(q, k, v)).count("dot_general[")

@@ -141,7 +141,7 @@ def test_prefix_in_a_cache_then_single_tokens_equal_the_whole(mesh):
 
 def test_runs_give_every_layer_its_own_weights():
     model, params = model_on(sparse_layers=(0, 2, 3), num_layers=5)
-    runs = list(layer_runs(model.arch, params))
+    runs, rows = zip(*layer_runs(model.arch, params), strict=True)
     assert [("router" in run, len(run["attn_norm"])) for run in runs] == [
         (True, 1),
         (False, 1),
@@ -151,6 +151,7 @@ def test_runs_give_every_layer_its_own_weights():
     np.testing.assert_array_equal(runs[2]["w_up"], params["moe"]["w_up"][1:])
     np.testing.assert_array_equal(runs[3]["w_up"], params["dense"]["w_up"][1:])
     np.testing.assert_array_equal(runs[2]["wq"], params["layers"]["wq"][2:4])
+    assert rows[3] == {"layers": range(4, 5), "dense": range(1, 2)}
 
 
 def test_the_balance_loss_is_switch_transformers():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import tiny
@@ -89,6 +90,46 @@ def test_what_is_computed_again_changes_nothing():
     objective = Objective("sampled")
     full = gradient_of(objective, "packed", remat="full")
     assert_same(full, gradient_of(objective, "packed"))
+
+
+DENSE = {"embed_dim": 128, "ffn_dim": 512, "num_layers": 4}
+ALTERNATING = {
+    "embed_dim": 128,
+    "num_layers": 5,
+    "sparse_layers": (0, 2, 3),
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_ffn_dim": 256,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [DENSE, ALTERNATING], ids=["dense", "alternating"])
+def test_each_layer_of_each_micro_batch_is_added(sizes, dtype):
+    model, params = tiny(**sizes)
+    model = dataclasses.replace(model, compute_dtype=dtype)
+    run = jax.jit(gradients, static_argnums=(0, 1, 4))
+    batch = packed((3, 1))
+    got, _ = run(model, Objective("sampled"), params, batch, 3)
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(3)]
+    each = [run(model, Objective("sampled"), params, row, 1)[0] for row in rows]
+    want = jax.tree.map(lambda *x: sum(x), *each)
+    atol = max(np.abs(x).max() for x in jax.tree.leaves(want)) * float(jnp.finfo(dtype).eps)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.mark.parametrize("sizes", [DENSE, ALTERNATING], ids=["dense", "alternating"])
+def test_micro_batches_take_no_second_stack_of_gradients(sizes):
+    model, params = tiny(**sizes)
+
+    def temporary(pieces):
+        run = jax.jit(gradients, static_argnums=(0, 1, 4))
+        compiled = run.lower(model, Objective("sampled"), params, packed((1, 4)), pieces).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(2) < temporary(1)
 
 
 @pytest.mark.parametrize("ema", [None, pytest.param(0.5, marks=pytest.mark.slow)])
