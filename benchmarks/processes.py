@@ -3,13 +3,13 @@
     python benchmarks/processes.py
 
 One after the other, each with the same seed and the same mesh; every device is a fake one on the
-cores of this machine. Compared with one process that has all of the devices: how many responses
-(answers and rollouts) have other tokens, the largest difference of their log-probs, of the
-teacher's scores and of the exported parameters; 0 is equality to the bit. Seconds are those of the
-stages: several processes on one machine only cost.
+cores of this machine. `NAME.4x1` is of four processes with one device each, against one process
+that has all four (`1x4`). How many responses (answers and rollouts) have other tokens; the largest
+difference of their log-probs, of the teacher's scores and of the exported parameters: 0 is equality
+to the bit. Seconds are those of the stages: several processes on one machine only cost.
 
-`NAME.2x1` is of two processes with one device each. Sums over two devices do not depend on their
-order; those over more do, and one process adds in another order than several do.
+The one process talks to itself by gloo, as several do: a sum over four devices depends on its
+order. Alone (`alone`, as anyone would start it) it adds in another one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(run_dir, devices, processes, words):
+def run(run_dir, devices, processes, words, *, alone=False):
     """The quickstart in so many processes, which have so many devices together."""
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
     command = [
@@ -46,7 +46,7 @@ def run(run_dir, devices, processes, words):
     join = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--rank")
     started = [
         subprocess.Popen(
-            command if processes == 1 else [*command, *join, str(rank)],
+            command if alone else [*command, *join, str(rank)],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
             stdout=sys.stderr,
@@ -125,16 +125,17 @@ def main():
 
 def on_devices(root, devices, words):
     """Figures of all numbers of processes, each shown when it is there: the next may fail."""
-    run(root / f"1x{devices}", devices, 1, words)
-    alone = contents(root / f"1x{devices}")
-    figures = {f"seconds.1x{devices}": alone[3]}
-    print(f"{len(alone[0]):,} responses; one process with {devices} devices: {alone[3]:.0f} s")
-    for processes in PROCESSES[devices]:
-        name = f"{processes}x{devices // processes}"
-        run(root / name, devices, processes, words)
+    one = root / f"1x{devices}"
+    run(one, devices, 1, words)
+    wanted = contents(one)
+    figures = {f"seconds.{one.name}": wanted[3]}
+    print(f"{len(wanted[0]):,} responses; one process with {devices} devices: {wanted[3]:.0f} s")
+    others = {f"{count}x{devices // count}": count for count in PROCESSES[devices]}
+    for name, processes in {f"alone.{one.name}": 1, **others}.items():
+        run(root / name, devices, processes, words, alone=processes == 1)
         found = contents(root / name)
-        for key, value in (compare(alone, found) | {"seconds": found[3]}).items():
-            print(f"  {f'{key}.{name}':28} {value:10.4g}", flush=True)
+        for key, value in (compare(wanted, found) | {"seconds": found[3]}).items():
+            print(f"  {f'{key}.{name}':32} {value:10.4g}", flush=True)
             figures[f"{key}.{name}"] = value
     return figures
 
