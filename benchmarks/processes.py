@@ -3,13 +3,13 @@
     python benchmarks/processes.py
 
 One after the other, each with the same seed and the same mesh; every device is a fake one on the
-cores of this machine. `NAME.4x1` is of four processes with one device each, against one process
-that has all four (`1x4`). How many responses (answers and rollouts) have other tokens; the largest
-difference of their log-probs, of the teacher's scores and of the exported parameters: 0 is equality
-to the bit. Seconds are those of the stages: several processes on one machine only cost.
+cores of this machine. `NAME.4x1` compares four processes of one device with one process of four:
+how many responses (answers and rollouts) have other tokens, and by how much their log-probs, the
+teacher's scores and the exported parameters differ at most. 0 is equality to the bit. Seconds are
+those of the stages: several processes on one machine only cost.
 
-The one process talks to itself by gloo, as several do: a sum over four devices depends on its
-order. Alone (`alone`, as anyone would start it) it adds in another one.
+The one process talks to itself by gloo, as several do, since a sum over four devices depends on its
+order. `NAME.alone.1x4` compares it with itself as anyone would start it, adding in another one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def free_port():
 
 
 def run(run_dir, devices, processes, words, *, alone=False):
-    """The quickstart in so many processes, which have so many devices together."""
+    """The quickstart in so many processes, which have so many devices together.
+
+    `alone`: one process that joins nobody.
+    """
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
     command = [
         *(sys.executable, "-m", "opd_jax.main"),
@@ -112,13 +115,13 @@ def compare(one, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
-    parser.add_argument("--devices", nargs="+", type=int, default=[*PROCESSES], choices=PROCESSES)
+    parser.add_argument("--devices", type=int, choices=PROCESSES, help="only so many")
     parser.add_argument("words", nargs="*", help="settings of the config, as KEY=VALUE")
     given = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = given.keep or Path(scratch)
-        for devices in given.devices:
+        for devices in [given.devices] if given.devices else PROCESSES:
             figures |= on_devices(root, devices, given.words)
     report("processes", figures)
 
@@ -129,7 +132,10 @@ def on_devices(root, devices, words):
     run(one, devices, 1, words)
     wanted = contents(one)
     figures = {f"seconds.{one.name}": wanted[3]}
-    print(f"{len(wanted[0]):,} responses; one process with {devices} devices: {wanted[3]:.0f} s")
+    print(
+        f"{len(wanted[0]):,} responses; one process with {devices} devices: {wanted[3]:.0f} s",
+        flush=True,
+    )
     others = {f"{count}x{devices // count}": count for count in PROCESSES[devices]}
     for name, processes in {f"alone.{one.name}": 1, **others}.items():
         run(root / name, devices, processes, words, alone=processes == 1)

@@ -232,10 +232,24 @@ BREAKS = [
         STEP_TESTS,
     ),
     Break(
-        "accumulation: only the last micro-batch counts",
+        "accumulation: only the last micro-batch of adapters counts",
         STEP,
         "return jax.tree.map(jnp.add, carry, grad_fn(params, piece))",
         "return jax.tree.map(lambda _, x: x, carry, grad_fn(params, piece))",
+        "tests/train/test_lora.py",
+    ),
+    Break(
+        "accumulation: only the last micro-batch's layers count",
+        "model/gradient_sums.py",
+        "stack.at[row].add(",
+        "stack.at[row].set(",
+        STEP_TESTS,
+    ),
+    Break(
+        "accumulation: only the last micro-batch's embedding counts",
+        STEP,
+        "jax.tree.map(jnp.add, sums[name], x)",
+        "x",
         STEP_TESTS,
     ),
     Break(

@@ -47,12 +47,15 @@ def _backward(
     layer, sums = cotangents
     added = {
         group: {
-            name: stack.at[rows[group]].add(layer[name].astype(stack.dtype))
-            for name, stack in sums[group].items()
+            name: _added(stack, rows[group], layer[name]) for name, stack in sums[group].items()
         }
         for group in rows
     }
     return None, {**sums, **added}, None
+
+
+def _added(stack: jax.Array, row: jax.Array, x: jax.Array) -> jax.Array:
+    return stack.at[row].add(x.astype(stack.dtype), mode="promise_in_bounds")
 
 
 _sum_gradients.defvjp(_forward, _backward)

@@ -45,7 +45,7 @@ def spread_experts(mesh: Mesh | None, name: str, weight: jax.Array) -> jax.Array
 
 
 def spread_rows(mesh: Mesh | None, x: jax.Array, axis: int | None = None) -> jax.Array:
-    """Activations with rows over `data`; whole but for `axis`, which is cut as the weights are."""
+    """Activations or keys: rows over `data`, whole but for `axis`, cut as the weights are."""
     if mesh is None:
         return x
     if axis is None:

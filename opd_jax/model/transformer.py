@@ -220,7 +220,8 @@ class LanguageModel:
             segments_bt: int32; tokens attend within their segment, where they lie in the order of
                 their positions. `None`: one segment per row.
             counted_bt: bool, tokens that the router's sums count. `None`: all.
-            sums: what the gradients of the stacked layers are added to, as `sum_gradients` does.
+            sums: arrays as the stacked layers, not read: their cotangents gather the gradients of
+                these (`sum_gradients`), which then have none of their own.
         """
         x_btd, table_vd = embed(params["embed"], tokens_bt, self.compute_dtype, self.mesh)
         head_vd = self.head_parameter(params | {"embed": table_vd})
@@ -246,7 +247,8 @@ class LanguageModel:
         new, routers = [], []
         for run, places in layer_runs(self.arch, params):
             rows = {group: jnp.arange(at.start, at.stop) for group, at in places.items()}
-            (x_btd, sums), (kept, router) = jax.lax.scan(body, (x_btd, sums), (run, rows))
+            xs = run, None if sums is None else rows  # layers that differ count one by one (flops)
+            (x_btd, sums), (kept, router) = jax.lax.scan(body, (x_btd, sums), xs)
             new.append(kept)
             routers += [] if router is None else [router]
         keys, values = _joined(new)

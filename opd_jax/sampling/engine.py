@@ -284,7 +284,8 @@ def _draw(program: Program, params: Params, hidden_bd: jax.Array, slots: Slots) 
     uses = program.uses
     logits_bv = logits(program.model, params, hidden_bd)
     bent_bv = bend(_without_end(program, logits_bv, slots), slots.transform, uses)
-    # Laid out as the rows of the logits are: their noise would fetch the keys in its loops.
+    # Laid out as the rows of the logits are. Else the loops of the noise gather them, and processes
+    # on CPUs may meet in different collectives (tests/collective_order.py).
     keys_b = spread_rows(program.mesh, token_keys(slots.base_b, slots.count_b))
     token_b = draw(keys_b, bent_bv, slots.transform.temperature_b == 0, uses)
     logprob_b = _logprob(logits_bv, token_b)

@@ -157,7 +157,8 @@ def gradients(
 
     Args:
         params: what is trained.
-        attach: from these to the parameters of a forward; `None`: they are these.
+        attach: from these to the parameters of a forward; `None`: they are these, and the gradients
+            of their layers are added up in place.
     """
 
     def total(params: Params, piece: Batch) -> tuple[jax.Array, Loss]:
@@ -174,22 +175,25 @@ def gradients(
     def body(number: jax.Array, carry: tuple[Params, Loss]) -> tuple[Params, Loss]:
         piece = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, False), cut)
         if attach is None:
-            return _with_gradients(model, objective, params, piece, carry)
+            return _add_micro_batch(model, objective, params, piece, carry)
         return jax.tree.map(jnp.add, carry, grad_fn(params, piece))
 
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], cut))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.fori_loop(0, used, body, zero)
+    zero, no_loss = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    if model.mesh is not None and attach is None:
+        cut_as = jax.tree.map(lambda x: x.sharding, model.abstract())
+        zero = jax.lax.with_sharding_constraint(zero, cut_as)
+    return jax.lax.fori_loop(0, used, body, (zero, no_loss))
 
 
-def _with_gradients(
+def _add_micro_batch(
     model: LanguageModel,
     objective: Objective,
     params: Params,
     piece: Batch,
     before: tuple[Params, Loss],
 ) -> tuple[Params, Loss]:
-    """`before`, and a micro-batch's gradients and loss: those of the layers are added in place."""
+    """`before`, with a micro-batch's gradients and loss: those of the layers are added in place."""
     stacks = {name: x for name, x in params.items() if name in STACKED}
     others = {name: x for name, x in params.items() if name not in STACKED}
     sums, losses = before

@@ -151,6 +151,7 @@ def test_runs_give_every_layer_its_own_weights():
     np.testing.assert_array_equal(runs[2]["w_up"], params["moe"]["w_up"][1:])
     np.testing.assert_array_equal(runs[3]["w_up"], params["dense"]["w_up"][1:])
     np.testing.assert_array_equal(runs[2]["wq"], params["layers"]["wq"][2:4])
+    assert rows[2] == {"layers": range(2, 4), "moe": range(1, 3)}
     assert rows[3] == {"layers": range(4, 5), "dense": range(1, 2)}
 
 

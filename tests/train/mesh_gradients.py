@@ -24,14 +24,15 @@ EXPERTS = {
 }
 ROWS, ROW_TOKENS, SUPPORT = 8, 48, 3
 EIGHT = {
-    "fsdp 8": ({"fsdp": 8}, {}),
-    "data 2 x fsdp 4": ({"data": 2, "fsdp": 4}, {}),
-    "data 2 x fsdp 2 x context 2": ({"data": 2, "fsdp": 2, "context": 2}, {}),
-    "fsdp 4 x tensor 2": ({"fsdp": 4, "tensor": 2}, {}),
-    "fsdp 2 x expert 4": ({"fsdp": 2, "expert": 4}, EXPERTS),
-    "fsdp 2 x context 4": ({"fsdp": 2, "context": 4}, {}),
-    "context 2 x expert 4": ({"fsdp": 1, "context": 2, "expert": 4}, EXPERTS),
+    "fsdp 8": ({"fsdp": 8}, {}, 1),
+    "data 2 x fsdp 4": ({"data": 2, "fsdp": 4}, {}, 1),
+    "data 2 x fsdp 2 x context 2": ({"data": 2, "fsdp": 2, "context": 2}, {}, 2),
+    "fsdp 4 x tensor 2": ({"fsdp": 4, "tensor": 2}, {}, 2),
+    "fsdp 2 x expert 4": ({"fsdp": 2, "expert": 4}, EXPERTS, 1),
+    "fsdp 2 x context 4": ({"fsdp": 2, "context": 4}, {}, 1),
+    "context 2 x expert 4": ({"fsdp": 1, "context": 2, "expert": 4}, EXPERTS, 2),
 }
+"""Mesh, model, and micro-batches."""
 
 
 @functools.cache
@@ -84,8 +85,8 @@ def largest_differences(objective, mesh, pieces=1, **changes):
 
 def main():
     jax.config.update("jax_disable_most_optimizations", True)  # as in `conftest.py`
-    for name, (sizes, changes) in EIGHT.items():
-        found = largest_differences(Objective("sampled"), MeshConfig(**sizes), **changes)
+    for name, (sizes, changes, pieces) in EIGHT.items():
+        found = largest_differences(Objective("sampled"), MeshConfig(**sizes), pieces, **changes)
         json.dump({name: found}, sys.stdout)
         print(flush=True)
 

@@ -84,13 +84,13 @@ def test_the_gradient_is_that_through_merged_weights():
 
 
 @functools.cache
-def trained(mesh=None, steps=3):
+def trained(mesh=None, steps=3, pieces=1):
     """(losses, adapters) of some steps; the adapters start from one seed on any mesh."""
     model, params = tiny(mesh and make_mesh(mesh), num_layers=1)
     adapters = Adapters(model, LoraConfig(rank=2))
     optimizer = make_optimizer(adapters, LOOP)
     state = init_state(adapters, optimizer, adapters.init(5))
-    step = make_train_step(model, SFT, optimizer, 1, adapters)
+    step = make_train_step(model, SFT, optimizer, pieces, adapters)
     before = jax.device_get(params)
     losses = []
     for _ in range(steps):
@@ -114,6 +114,14 @@ def test_four_devices_train_the_adapters_of_one(mesh):
     losses, adapters = trained()
     four, same = trained(mesh)
     np.testing.assert_allclose(four, losses, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapters), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_accumulated_equals_whole():
+    losses, adapters = trained()
+    in_pieces, same = trained(pieces=2)
+    np.testing.assert_allclose(in_pieces, losses, atol=1e-5)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(adapters), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
