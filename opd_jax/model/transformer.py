@@ -247,7 +247,7 @@ class LanguageModel:
         new, routers = [], []
         for run, places in layer_runs(self.arch, params):
             rows = {group: jnp.arange(at.start, at.stop) for group, at in places.items()}
-            xs = run, None if sums is None else rows  # layers that differ count one by one (flops)
+            xs = run, None if sums is None else rows  # with rows `count_flops` sees no layer twice
             (x_btd, sums), (kept, router) = jax.lax.scan(body, (x_btd, sums), xs)
             new.append(kept)
             routers += [] if router is None else [router]

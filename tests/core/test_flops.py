@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import tiny
 
 from opd_jax.config import MeshConfig
+from opd_jax.core import flops
 from opd_jax.core.flops import count_flops
 from opd_jax.core.mesh import make_mesh
 from opd_jax.model.attention import attend_chunked
@@ -30,6 +32,21 @@ def test_a_product():
 def test_its_gradient_under_jit_is_twice_as_much():
     grad = jax.grad(lambda x, y: jnp.sum((x @ y) ** 2), argnums=(0, 1))
     assert counted(jax.jit(grad), A, B) == 3 * 2 * 3 * 5 * 7
+
+
+def test_layers_are_looked_at_once_however_many_there_are(monkeypatch):
+    """At long rows a layer has thousands of products."""
+    seen, product = [], flops.PRODUCTS["dot_general"]
+    monkeypatch.setitem(flops.PRODUCTS, "dot_general", lambda eqn: seen.append(0) or product(eqn))
+
+    def looked_at(layers):
+        seen.clear()
+        model, params = tiny(num_layers=layers)
+        tokens = np.zeros((1, 8), np.int32)
+        counted(functools.partial(model.forward, params), tokens, tokens, given=[None, None])
+        return len(seen)
+
+    assert looked_at(6) == looked_at(2) > 0
 
 
 def test_a_scan_of_products():
