@@ -205,7 +205,7 @@ def score_program(model: LanguageModel, top_k: int) -> Callable[[Params, Any], S
     """The jitted program of a batch: parameters, and arrays as `response_first` makes them."""
 
     def program(params: Params, batch: dict[str, jax.Array]) -> ScoreOut:
-        inputs = (batch[name] for name in ("input_bt", "positions_bt", "segments_bt"))
+        inputs = batch["input_bt"], batch["positions_bt"], batch["segments_bt"]
         hidden_btd = model.forward(params, *inputs).hidden_btd
 
         # Columns move across cuts of the tokens; a device takes its share of each loop's columns.
