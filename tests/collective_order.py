@@ -1,14 +1,14 @@
-"""Whether processes on CPUs can meet in different collectives of one program.
+"""Whether devices on CPUs can meet in different collectives of one program.
 
 XLA's runtime on CPUs begins a collective when those before it in the program have begun. A loop has
 begun when its first iteration has: what comes after it, and needs nothing that it changes, may run
-while its collectives do, before them on one process and after them on another. Gloo tells those of
-the same devices apart by their kind alone, so each would take the other's bytes.
+while its collectives do, before them on one device and after them on another. Gloo tells those of
+the same devices apart by their kind alone, so each would take the other's bytes; and in one process
+each may hold a thread that waits, until none is left to run what they wait for.
 """
 
 import re
 
-from opd_jax.fit.collectives import group_of
 from opd_jax.fit.hlo import parse_module
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -20,20 +20,21 @@ CALLERS = ("while", "call", "conditional")
 def unordered(text):
     """Pairs of a compiled program: a loop, and a later instruction that is not held back by it.
 
+    Both are collectives or have some inside.
+
     Args:
-        text: of the scheduled program, for four devices.
+        text: of the scheduled program.
     """
     module = parse_module(text)
 
-    def kinds_of(instruction):
-        for kind in KINDS:
-            if instruction.opcode.startswith(kind):
-                return {(kind, *group_of(instruction, {"all": 4}))}
+    def meets(instruction):
+        if instruction.opcode.startswith(KINDS):
+            return True
         if instruction.opcode not in CALLERS:
-            return set()
+            return False
         names = [*instruction.called, *CONDITION.findall(instruction.attributes)]
         inside = [module.computations[name].instructions.values() for name in names]
-        return set().union(*(kinds_of(x) for instructions in inside for x in instructions))
+        return any(meets(x) for instructions in inside for x in instructions)
 
     def operands(computation, instruction):
         """What it waits for: of what a loop hands through unchanged, where the loop has it from."""
@@ -51,14 +52,15 @@ def unordered(text):
 
     found = []
     for computation in module.computations.values():
-        needs, loops = {}, {}
+        needs, loops = {}, []
         for name, instruction in computation.instructions.items():
             known = [x for x in operands(computation, instruction) if x in needs]
             needs[name] = set(known).union(*(needs[x] for x in known))
-            kinds = kinds_of(instruction)
-            found += [(x, name) for x in loops if kinds & loops[x] and x not in needs[name]]
+            if not meets(instruction):
+                continue
+            found += [(x, name) for x in loops if x not in needs[name]]
             if instruction.opcode in CALLERS:
-                loops[name] = kinds
+                loops.append(name)
     return found
 
 

@@ -25,3 +25,8 @@ def join_time(x: jax.Array, t: int, ways: int = 1) -> jax.Array:
     count, b, chunk, *rest = x.shape
     x = jnp.moveaxis(x.reshape(count, b, ways, chunk // ways, *rest), 0, 2)
     return x.reshape(b, ways, -1, *rest)[:, :, : t // ways].reshape(b, t, *rest)
+
+
+def longer(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """With zeros at the end of an axis, up to `size`."""
+    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax.algo.chunks import cut_time, join_time
+from opd_jax.algo.chunks import cut_time, join_time, longer
 from opd_jax.algo.needed import over_the_first, to_the_front
 from opd_jax.algo.padding import LOWEST, without_padding
+from opd_jax.core.in_order import after
 from opd_jax.core.mesh import axis_size, constrain
 
 BLOCK_LOGITS = 2**20
@@ -152,16 +153,11 @@ def _chosen_fwd(
 
     def of_first(n: int) -> tuple[tuple[jax.Array, ...], _Blocks]:
         *found, logits = _forward(hidden_btd[:, :n], head_vd, ids_bts[:, :n], plan, t)
-        return tuple(_longer(x, 1, t) for x in found), logits
+        return tuple(longer(x, 1, t) for x in found), logits
 
     (logprob_bts, lse_bt, entropy_bt), logits = over_the_first(count, t, of_first)
     saved = _Saved(hidden_btd, head_vd, ids_bts, count, lse_bt, like, logits)
     return (logprob_bts, entropy_bt), saved
-
-
-def _longer(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """With zeros at the end of an axis, up to `size`."""
-    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
 def _chosen_bwd(
@@ -172,9 +168,10 @@ def _chosen_bwd(
 
     def of_first(n: int) -> tuple[jax.Array, jax.Array]:
         hidden_btd, head_vd = _normaliser_grads(saved, -jnp.sum(grad_bts[:, :n], axis=-1), plan)
-        return _longer(hidden_btd, 1, t), head_vd
+        return longer(hidden_btd, 1, t), head_vd
 
     found = over_the_first(saved.number, t, of_first)
+    saved = saved._replace(ids_bts=after(saved.ids_bts, found, plan.mesh))
     hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, found, plan.mesh)
     return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None, None
 
@@ -187,7 +184,8 @@ def _add_chosen_grads(
 ) -> tuple[jax.Array, jax.Array]:
     """What the chosen rows' products give, added to `grads` in float32, some time steps at once.
 
-    Each copy of the head on a mesh takes its own rows of the batch, in shards of the head's width.
+    Each copy of the head on a mesh takes its own rows of the batch, in shards of the head's width,
+    and their ids with them: with ids cut otherwise the gradient of the head would be gathered.
     """
     hidden_grad_btd, head_grad_vd = grads
     b, t, s = grad_bts.shape
@@ -204,6 +202,7 @@ def _add_chosen_grads(
 
     def body(head_grad: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden_bcd, ids_bcs, grad_bcs = xs
+        ids_bcs = constrain(ids_bcs, mesh, ("copies", "replicated", "replicated"), "ids of those")
         rows_bcsd = in_shards(jnp.take(saved.head_vd, ids_bcs, axis=0))
         hidden_grad = jnp.einsum(
             "bcs,bcsd->bcd", grad_bcs, rows_bcsd, preferred_element_type=jnp.float32
@@ -288,7 +287,7 @@ def _forward(
         spread_nbt = (spread_nbt + total_nbt * moved) * jnp.exp(moved)
         spread_nbt += jnp.einsum("ncbt,ncbt->nbt", weight, below, precision="highest")
         total_nbt = total_nbt * jnp.exp(moved) + jnp.sum(weight, axis=1)
-        kept = _longer(logits_ncbt, 3, kept_t) if plan.keep else None
+        kept = longer(logits_ncbt, 3, kept_t) if plan.keep else None
         return (new_top, total_nbt, spread_nbt, chosen_btns), kept
 
     (b, t, s), n = ids_bts.shape, plan.shards

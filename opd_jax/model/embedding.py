@@ -20,8 +20,9 @@ def embed(table_vd: jax.Array, tokens_bt: jax.Array, dtype: str, mesh: Mesh | No
     The rows' gradients are summed in float32: in bfloat16 the sum over a frequent token's positions
     would stop growing. They are added to the gradient of the other uses (a tied output head), so
     that one array of [v, d] exists and not two. On a mesh they are cut as the table is before they
-    are added, each copy of it taking its own rows: left to itself, the compiler of TPUs gathers the
-    gradients of all rows, in float32, where there are several copies.
+    are added, each copy of it taking its own rows, and their tokens with them. Left to itself, the
+    compiler of TPUs gathers the gradients of all rows, in float32, where there are several copies;
+    and if tokens are cut otherwise, the gradient of the other uses is gathered.
     """
     return cast(Pair, _embed(table_vd, tokens_bt, dtype, mesh))  # `custom_vjp` hides the type
 
@@ -42,6 +43,7 @@ def _embed_bwd(
 ) -> tuple[jax.Array, None]:
     rows_btd, table_vd = grads
     rows_btd = constrain(rows_btd, mesh, ("copies", "replicated", "embed"), "embedding's gradient")
+    tokens_bt = constrain(tokens_bt, mesh, ("copies", "replicated"), "tokens of that gradient")
     total_vd = table_vd.astype(jnp.float32).at[tokens_bt].add(rows_btd.astype(jnp.float32))
     return total_vd.astype(table_vd.dtype), None
 

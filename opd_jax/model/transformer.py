@@ -21,6 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from opd_jax.core.in_order import complete_first
 from opd_jax.core.mesh import constrain, sharding_for
 from opd_jax.model.architecture import Architecture
 from opd_jax.model.attention_choice import attend_rows
@@ -252,7 +253,9 @@ class LanguageModel:
             new.append(kept)
             routers += [] if router is None else [router]
         keys, values = _joined(new)
-        hidden_btd = rms_norm(x_btd, params["final_norm"], self.arch.norm_eps)
+        behind = params["final_norm"], head_vd
+        x_btd, (norm_d, head_vd) = complete_first(x_btd, behind, self.mesh)
+        hidden_btd = rms_norm(x_btd, norm_d, self.arch.norm_eps)
         router = _joined(routers) if routers else None
         return ForwardOutput(hidden_btd, keys, values, router, head_vd, sums)
 
