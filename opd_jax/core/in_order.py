@@ -36,7 +36,8 @@ def after(x: jax.Array, others: Arrays, mesh: Mesh | None) -> jax.Array:
     if not _needed(mesh):
         return x
     for other in others:
-        x += jnp.minimum(jnp.abs(other.ravel()[0]), 0).astype(x.dtype)
+        first = other[(0,) * other.ndim]
+        x += jnp.minimum(jnp.abs(first), 0).astype(x.dtype)
     return x
 
 
