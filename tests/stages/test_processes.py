@@ -85,12 +85,14 @@ def test_four_devices_equal_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
+def test_two_processes_equal_one(tmp_path, axis):
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start(one, 2, *EVERY_KIND)
+    words = (*EVERY_KIND, f"mesh.{axis}=2")
+    alone = start(one, 2, *words)
     output = alone.communicate(timeout=LIMIT_SECONDS)[0].decode()
     assert alone.returncode == 0, output
-    flags = (*EVERY_KIND, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    flags = (*words, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
     pair = [start(two, 1, *flags, "--rank", str(rank)) for rank in range(2)]
     for process in pair:
         output = process.communicate(timeout=LIMIT_SECONDS)[0].decode()
