@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax.algo.chunks import cut_time, join_time, longer
+from opd_jax.algo.chosen_grads import add_chosen_grads
+from opd_jax.algo.chunks import longer
 from opd_jax.algo.needed import over_the_first, to_the_front
 from opd_jax.algo.padding import LOWEST, without_padding
 from opd_jax.core.in_order import after
@@ -31,7 +32,6 @@ BLOCK_LOGITS = 2**20
 MIN_BLOCK = 1024  # rows of the head: smaller products are slow
 MAX_BLOCK = 4096  # a float32 sum of more terms, one after the other, loses digits
 KEPT_LOGITS = 2**27  # half a GiB
-CHOSEN_ROWS = 2**25  # numbers of a device of a mesh: each part is one more exchange with the others
 
 
 class ChosenLogprobs(NamedTuple):
@@ -91,12 +91,6 @@ def chosen_logprobs(
         return ChosenLogprobs(*chosen(hidden_btd, head_vd, ids_bts, None, plan))
     found = chosen(front.take(hidden_btd), head_vd, front.take(ids_bts), front.number, plan)
     return ChosenLogprobs(*(front.give_back(x) for x in found))
-
-
-def _pieces(t: int, entries: int, ways: int, limit: int) -> int:
-    """Time steps at once, of `entries` numbers each: at most `limit`, or one of each part."""
-    count = -(-t // (max(1, limit // entries // ways) * ways))
-    return -(-t // count // ways) * ways
 
 
 def pick(block_btnc: jax.Array, ids_bts: jax.Array, start: Any, size: int) -> jax.Array:
@@ -171,55 +165,9 @@ def _chosen_bwd(
         return longer(hidden_btd, 1, t), head_vd
 
     found = over_the_first(saved.number, t, of_first)
-    saved = saved._replace(ids_bts=after(saved.ids_bts, found, plan.mesh))
-    hidden_btd, head_vd = _add_chosen_grads(saved, grad_bts, found, plan.mesh)
+    given = saved.hidden_btd, saved.head_vd, after(saved.ids_bts, found, plan.mesh), grad_bts
+    hidden_btd, head_vd = add_chosen_grads(*given, found, plan.mesh)
     return hidden_btd.astype(saved.hidden_btd.dtype), head_vd.astype(saved.like.dtype), None, None
-
-
-def _add_chosen_grads(
-    saved: _Saved,
-    grad_bts: jax.Array,
-    grads: tuple[jax.Array, jax.Array],
-    mesh: Mesh | None,
-) -> tuple[jax.Array, jax.Array]:
-    """What the chosen rows' products give, added to `grads` in float32, some time steps at once.
-
-    Each copy of the head on a mesh takes its own rows of the batch, in shards of the head's width,
-    and their ids with them: with ids cut otherwise the gradient of the head would be gathered.
-    """
-    hidden_grad_btd, head_grad_vd = grads
-    b, t, s = grad_bts.shape
-    entries, ways, limit = b * s * saved.hidden_btd.shape[-1], 1, BLOCK_LOGITS
-    if mesh is not None and (mesh.size == 1 or b % axis_size(mesh, "batch")):
-        mesh = None  # it cuts nothing, or could not cut these rows
-    if mesh is not None:
-        ways, limit = axis_size(mesh, "time"), CHOSEN_ROWS
-        entries = -(-entries // (axis_size(mesh, "copies") * axis_size(mesh, "embed")))
-    chunk = _pieces(t, entries, ways, limit)
-
-    def in_shards(x_bcsd: jax.Array) -> jax.Array:
-        return constrain(x_bcsd, mesh, ("copies", "replicated", "replicated", "embed"), "head rows")
-
-    def body(head_grad: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden_bcd, ids_bcs, grad_bcs = xs
-        ids_bcs = constrain(ids_bcs, mesh, ("copies", "replicated", "replicated"), "ids of those")
-        rows_bcsd = in_shards(jnp.take(saved.head_vd, ids_bcs, axis=0))
-        hidden_grad = jnp.einsum(
-            "bcs,bcsd->bcd", grad_bcs, rows_bcsd, preferred_element_type=jnp.float32
-        )
-        # Else the probabilities would be gathered, to have all of the gradient in these shards.
-        hidden_grad = constrain(hidden_grad, mesh, ("batch", "time", "replicated"), "head gradient")
-        add_bcsd = in_shards(grad_bcs[..., None] * hidden_bcd[:, :, None].astype(jnp.float32))
-        return head_grad.at[ids_bcs].add(add_bcsd), hidden_grad
-
-    arrays = (saved.hidden_btd, saved.ids_bts, grad_bts)
-    if chunk == t:
-        head_grad_vd, more_btd = body(head_grad_vd, arrays)
-    else:
-        cut = tuple(cut_time(x, chunk, ways) for x in arrays)
-        head_grad_vd, more = jax.lax.scan(body, head_grad_vd, cut)
-        more_btd = join_time(more, t, ways)
-    return hidden_grad_btd + more_btd, head_grad_vd
 
 
 def _as_parameter(x_nvd: jax.Array, plan: _Plan) -> jax.Array:

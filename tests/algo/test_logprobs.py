@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_jax.algo import logprobs
+from opd_jax.algo import chosen_grads, logprobs
 from opd_jax.algo.chunks import cut_time, join_time
 from opd_jax.algo.logprobs import chosen_logprobs
 from opd_jax.algo.top_k import top_k_logprobs
 from opd_jax.config import MeshConfig
 from opd_jax.core.mesh import make_mesh, put_batch, sharding_for
+from opd_jax.fit.collectives import collectives
+from opd_jax.fit.hlo import parse_module
 
 
 def arrays(b, t, d, v, s, seed=0):
@@ -54,8 +56,9 @@ def test_chosen_logprobs_equal_the_oracle(v, rows, mesh):
     ("rows", "keep"), [(1, False), (4, True), (7, False), (7, True), (None, True)]
 )
 def test_gradient_equals_autodiff_of_the_plain_form(rows, keep, mesh, monkeypatch):
-    for limit in ("BLOCK_LOGITS", "CHOSEN_ROWS"):  # the chosen rows too come in chunks
-        monkeypatch.setattr(logprobs, limit, 100)
+    monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 100)
+    for limit in ("ROWS", "MESH_ROWS"):  # the chosen rows too come in chunks
+        monkeypatch.setattr(chosen_grads, limit, 100)
     hidden, head, ids, weight = arrays(3, 7, 6, 38, 2)
 
     def plain(hidden, head):
@@ -75,8 +78,9 @@ def test_gradient_equals_autodiff_of_the_plain_form(rows, keep, mesh, monkeypatc
 @pytest.mark.first_by_default
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gradient_where_a_mesh_cuts_the_tokens(parts, monkeypatch):
-    for limit in ("BLOCK_LOGITS", "CHOSEN_ROWS"):  # chunks of one token of each part
-        monkeypatch.setattr(logprobs, limit, 50)
+    monkeypatch.setattr(logprobs, "BLOCK_LOGITS", 50)
+    for limit in ("ROWS", "MESH_ROWS"):  # chunks of one token of each part
+        monkeypatch.setattr(chosen_grads, limit, 50)
     hidden, head, ids, weight = arrays(2, 12, 8, 38, 2)
 
     def total(mesh, hidden, head):
@@ -239,6 +243,34 @@ def test_padded_rows_have_no_probability_and_no_gradient(rows, keep, used, mesh,
     np.testing.assert_allclose(top.entropy_bt, entropy, atol=1e-6)
     assert top.ids_btk.max() == used - 1
     assert top.logprob_btk.min() > -1e3
+
+
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 1}, {"data": 2, "fsdp": 2}])
+def test_copies_of_the_head_add_their_gradients_up_once(axes, monkeypatch):
+    """However many parts the chosen rows come in; the gradients are those of one device."""
+    hidden, head, ids, weight = arrays(8, 12, 64, 2048, 5)
+    hidden /= 8  # logits of order one
+    mesh = make_mesh(MeshConfig(**axes))
+    cut = sharding_for(mesh, ("vocab", "embed"), head.shape, "head")
+
+    def gradients(mesh):
+        def total(hidden, head):
+            return jnp.sum(weight * chosen_logprobs(hidden, head, ids, mesh).logprob_bts)
+
+        return jax.grad(total, (0, 1))
+
+    given = put_batch(mesh, hidden), jax.device_put(head, cut)
+    summed = []
+    for rows in (2**25, 1):
+        monkeypatch.setattr(chosen_grads, "MESH_ROWS", rows)
+        step = jax.jit(gradients(mesh), out_shardings=(given[0].sharding, cut))
+        program = step.lower(*given).compile()
+        sent = collectives(parse_module(program.as_text()), dict(mesh.shape))
+        summed.append(sum(x.sent_bytes for x in sent if x.kind == "all-reduce"))
+        for got, want in zip(program(*given), gradients(None)(hidden, head), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+    assert summed[0] > 0
+    assert summed[0] == summed[1]
 
 
 def test_no_device_holds_a_whole_head_or_its_whole_gradient():
