@@ -37,6 +37,7 @@ LOSSES, LOSS_TESTS = "algo/losses.py", "tests/algo/test_losses.py"
 STEP, STEP_TESTS = "train/step.py", "tests/train/test_step.py"
 DRIFT, DRIFT_TESTS = "algo/drift.py", "tests/algo/test_drift.py"
 LOGPROBS, LOGPROB_TESTS = "algo/logprobs.py", "tests/algo/test_logprobs.py"
+CHOSEN_GRADS = "algo/chosen_grads.py"
 COLLATE, COLLATE_TESTS = "data/collate.py", "tests/data/test_collate.py"
 OPTIMIZER = "train/optimizer.py"
 INSIDE = "jnp.sum(jnp.exp(student_bts) * (student_bts - teacher_bts), axis=-1)"
@@ -289,9 +290,16 @@ BREAKS = [
     ),
     Break(
         "head: the chosen row has no gradient",
-        LOGPROBS,
-        "return head_grad.at[ids_bcs].add(add_bcsd), hidden_grad",
-        "return head_grad, hidden_grad",
+        CHOSEN_GRADS,
+        "return sums.at[ids_bcs].add(add_bcsd)",
+        "return sums",
+        LOGPROB_TESTS,
+    ),
+    Break(
+        "head: every copy of it goes on from what is there",
+        CHOSEN_GRADS,
+        "first_n = jnp.arange(copies) == 0",
+        "first_n = jnp.arange(copies) >= 0",
         LOGPROB_TESTS,
     ),
     Break(
