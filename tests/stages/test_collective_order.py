@@ -61,7 +61,7 @@ def test_collectives_that_a_loop_does_not_hold_back_are_found():
 
 @pytest.mark.slow
 @pytest.mark.exact
-@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2 fsdp=2", "fsdp=2 tensor=2", "data=2 tensor=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2 fsdp=2", "data=2 tensor=2", "fsdp=2 context=2"])
 def test_every_program_of_a_run_keeps_its_collectives_in_order(tmp_path, mesh):
     environment = quick_environment(4) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment["XLA_FLAGS"] += f" --xla_dump_to={tmp_path / 'programs'} --xla_dump_hlo_as_text"
