@@ -245,7 +245,7 @@ def test_padded_rows_have_no_probability_and_no_gradient(rows, keep, used, mesh,
     assert top.logprob_btk.min() > -1e3
 
 
-@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 1}, {"data": 2, "fsdp": 2}])
+@pytest.mark.parametrize("axes", [{"fsdp": 1, "data": 4}, {"data": 2}, {"data": 2, "tensor": 2}])
 def test_copies_of_the_head_add_their_gradients_up_once(axes, monkeypatch):
     """However many parts the chosen rows come in; the gradients are those of one device."""
     hidden, head, ids, weight = arrays(8, 12, 64, 2048, 5)
