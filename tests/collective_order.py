@@ -9,9 +9,9 @@ each may hold a thread that waits, until none is left to run what they wait for.
 
 import re
 
+from opd_jax.fit.collectives import KINDS
 from opd_jax.fit.hlo import parse_module
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 INDEX = re.compile(r"index=(\d+)")
 CALLERS = ("while", "call", "conditional")

@@ -12,7 +12,7 @@ from opd_jax.core.mesh import axis_size, constrain
 ROWS = 2**20
 """Numbers of chosen rows that exist at a time."""
 MESH_ROWS = 2**25
-"""The same on a device of a mesh: each part is one more exchange with the others."""
+"""The same on a device of a mesh: each part is one more exchange of rows with the others."""
 
 Grads = tuple[jax.Array, jax.Array]
 
@@ -38,6 +38,7 @@ def add_chosen_grads(
         ids_bts: the chosen tokens.
         grad_bts: float32, gradients of their logits.
         grads: float32, of hidden states [b, t, d] and head [v, d].
+        mesh: left aside where it does not cut the rows.
     """
     hidden_grad_btd, head_grad_vd = grads
     b, t, s = grad_bts.shape

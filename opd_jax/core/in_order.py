@@ -46,7 +46,8 @@ def complete_first(x: jax.Array, others: Arrays, mesh: Mesh | None) -> Pair:
 
     Args:
         x: what leaves a loop.
-        others: parameters that are used behind it.
+        others: parameters that are used behind it. Their gradients are computed, even of some that
+            are frozen.
         mesh: as for `after`.
     """
     if not _needed(mesh):

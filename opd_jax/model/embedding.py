@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opd_jax.core.in_order import after
 from opd_jax.core.mesh import constrain
 
 Pair = tuple[jax.Array, jax.Array]
@@ -43,6 +44,7 @@ def _embed_bwd(
 ) -> tuple[jax.Array, None]:
     rows_btd, table_vd = grads
     rows_btd = constrain(rows_btd, mesh, ("copies", "replicated", "embed"), "embedding's gradient")
+    tokens_bt = after(tokens_bt, (rows_btd,), mesh)
     tokens_bt = constrain(tokens_bt, mesh, ("copies", "replicated"), "tokens of that gradient")
     total_vd = table_vd.astype(jnp.float32).at[tokens_bt].add(rows_btd.astype(jnp.float32))
     return total_vd.astype(table_vd.dtype), None

@@ -23,6 +23,7 @@ from opd_jax.algo.losses import (
     token_weights,
     topk_reverse_kl,
 )
+from opd_jax.core.in_order import after
 from opd_jax.core.mesh import batch_sharding, replicated
 from opd_jax.errors import ConfigError
 from opd_jax.model.gradient_sums import STACKED
@@ -243,7 +244,8 @@ def make_train_step(
         attach = functools.partial(adapters.attach, *frozen) if adapters else None
         grads, loss = gradients(model, objective, state.params, batch, pieces, attach)
         scale = 1 / jnp.maximum(loss.divisor, 1e-9)
-        grads = jax.tree.map(lambda g: g * scale, grads)  # XLA would keep quotients as a copy
+        factor = after(scale, tuple(jax.tree.leaves(grads)), model.mesh)
+        grads = jax.tree.map(lambda g: g * factor, grads)  # XLA would keep quotients as a copy
         grad_norm = optax.tree.norm(grads)
         sound = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         update = optax.with_extra_args_support(optimizer).update
