@@ -38,7 +38,6 @@ STEP, STEP_TESTS = "train/step.py", "tests/train/test_step.py"
 DRIFT, DRIFT_TESTS = "algo/drift.py", "tests/algo/test_drift.py"
 LOGPROBS, LOGPROB_TESTS = "algo/logprobs.py", "tests/algo/test_logprobs.py"
 CHOSEN_GRADS = "algo/chosen_grads.py"
-STEP_ORDER_TESTS = "tests/train/test_step_order.py"
 COLLATE, COLLATE_TESTS = "data/collate.py", "tests/data/test_collate.py"
 OPTIMIZER = "train/optimizer.py"
 INSIDE = "jnp.sum(jnp.exp(student_bts) * (student_bts - teacher_bts), axis=-1)"
@@ -294,7 +293,7 @@ BREAKS = [
         "core/in_order.py",
         "return after(x, others, mesh), others",
         "return x, others",
-        STEP_ORDER_TESTS,
+        "tests/core/test_in_order.py",
     ),
     Break(
         "head: the chosen row has no gradient",
